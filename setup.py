@@ -1,0 +1,71 @@
+"""The compiled extensions; everything else stands in pyproject.toml.
+
+SMART_KERNELS_BUILD=none|cpu|cuda forces what is built; unset, CPU kernels always, CUDA kernels where
+the installed torch is a CUDA build and a CUDA toolkit is found.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import setup
+
+REQUESTED = os.environ.get("SMART_KERNELS_BUILD", "auto")
+if REQUESTED not in ("auto", "none", "cpu", "cuda"):
+    sys.exit(f"SMART_KERNELS_BUILD={REQUESTED!r}: expected none, cpu or cuda")
+sys.path.append(sysconfig.get_path("purelib"))  # an isolated build compiles against the torch that will run it
+
+
+def cuda_home() -> str | None:
+    """The toolkit's own folder: the one that nvcc names, as nvcc on the PATH may be a wrapper elsewhere."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if nvcc := shutil.which("nvcc"):
+        report = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+        candidates += re.findall(r"_HERE_=(.*)/bin\b", report.stderr) + [str(Path(nvcc).resolve().parent.parent)]
+    candidates.append("/usr/local/cuda")
+    return next((c for c in candidates if c and Path(c, "include/cuda_runtime.h").is_file()), None)
+
+
+def extensions() -> tuple[list, dict]:
+    home = cuda_home()
+    if home:
+        os.environ["CUDA_HOME"] = home  # before torch.utils.cpp_extension guesses it
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    if missing := [why for why, ok in (("a CUDA toolkit", home), ("a CUDA build of torch", torch.version.cuda)) if not ok]:
+        print(f"smart_kernels: no CUDA kernels, for want of {' and '.join(missing)}", file=sys.stderr)
+        if REQUESTED == "cuda":
+            sys.exit(f"SMART_KERNELS_BUILD=cuda needs {' and '.join(missing)}")
+    stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+    common = {"include_dirs": [str(Path("csrc").resolve())], "py_limited_api": True}
+    cxx = ["-O3", "-std=c++20", "-fno-math-errno", "-Wno-psabi", "-fvisibility=hidden", *stable]
+    modules = [
+        CppExtension("smart_kernels._C", ["csrc/ops.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
+                     extra_compile_args=cxx, **common)
+    ]
+    if REQUESTED != "cpu" and not missing:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
+        modules.append(
+            CUDAExtension("smart_kernels._C_cuda", ["csrc/cuda/ops.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))],
+                          extra_compile_args={"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": ["-O3", "-std=c++20", *stable, "-DUSE_CUDA"]},
+                          **common)
+        )
+    return modules, {"build_ext": BuildExtension}
+
+
+if REQUESTED == "none":
+    setup()
+else:
+    try:
+        ext_modules, cmdclass = extensions()
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        setup(setup_requires=["torch>=2.10"])  # pip installs it for the build and comes back
+    else:
+        setup(ext_modules=ext_modules, cmdclass=cmdclass, options={"bdist_wheel": {"py_limited_api": "cp310"}})

@@ -1,0 +1,74 @@
+"""The operator library `smart_kernels`: a schema per op, and the kernels that serve it.
+
+The dispatcher chooses the kernel by device. Compiled kernels (`csrc/`) register themselves when their
+extension module is loaded; Triton kernels serve CUDA and ROCm and are imported when first called; the
+eager function of `reference.py` serves every device that has no kernel of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "smart_kernels"
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+OPS: dict[str, str] = {}
+"""Every op's name, and what serves it on a GPU: "triton" or "cuda"."""
+
+
+def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any], triton: str | None = None) -> Any:
+    """Define an op and return its overload, `torch.ops.smart_kernels.<name>.default`.
+
+    Args:
+        schema: the op's schema, `name(Tensor x, ...) -> ...`.
+        reference: eager function of the same signature, for devices without a kernel.
+        fake: function of the same signature that returns outputs of the right shape, dtype and device.
+        triton: "module:function" of the Triton launcher; None where a CUDA extension has the kernel.
+    """
+    LIBRARY.define(schema)
+    name = schema[: schema.index("(")]
+    OPS[name] = "cuda" if triton is None else "triton"
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    if triton is not None and importlib.util.find_spec("triton") is not None:
+        LIBRARY.impl(name, _Lazy(triton), "CUDA")
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+class _Lazy:
+    """A launcher that is imported when first called: importing Triton costs half a second."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.function: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self.function is None:
+            module, name = self.path.split(":")
+            self.function = getattr(importlib.import_module(module), name)
+        return self.function(*args)
+
+
+def no_derivative(op: str, what: str) -> None:
+    """Make a derivative of a functional op's outputs an error, never a silent zero."""
+
+    def backward(_ctx: Any, *_grads: Any) -> Any:
+        raise RuntimeError(f"smart_kernels: {what} has no derivative: a second derivative was asked for")
+
+    torch.library.register_autograd(f"{NAMESPACE}::{op}", backward, lib=LIBRARY)
+
+
+def load_compiled() -> dict[str, str | None]:
+    """Load the compiled kernels; for each extension module, None, or why it is not there."""
+    status: dict[str, str | None] = {}
+    for module in ("_C", "_C_cuda"):
+        try:
+            importlib.import_module(f"{NAMESPACE}.{module}")
+            status[module] = None
+        except ImportError as error:
+            status[module] = str(error)
+    return status

@@ -1,0 +1,282 @@
+"""Symmetric Kullback-Leibler divergence of two rows of logits: public functions, schemas, fakes, autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smart_kernels import reference
+from smart_kernels.ops._library import LIBRARY, NAMESPACE, define, no_derivative
+
+_CODE = {name: code for code, name in enumerate(reference.REDUCTIONS)}
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def symmetric_kl(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+    detach_targets: bool = False,
+) -> Tensor:
+    r"""Symmetric KL divergence between the class distributions of two tensors of logits.
+
+    With p = softmax(input) and q = softmax(target) over the last dimension, a row's loss is
+    :math:`\mathrm{KL}(p\|q) + \mathrm{KL}(q\|p) = \sum_j (p_j - q_j) \log(p_j / q_j)`,
+    the smoothness measure of SMART (Jiang et al. 2020, arXiv 1911.03437, section 3.1). It keeps its digits
+    also where the logits differ by 1e-5, where the difference of two log-softmaxes is rounding noise.
+
+    Args:
+        input: logits, shape (..., C) with C >= 1, any strides; float16, bfloat16, float32 or float64.
+        target: logits of the same shape and device. Narrow dtypes mix freely; float64 only with float64.
+        weight: a factor per row, shape (...), any real dtype, for instance an attention mask. A row of weight
+            0 counts nothing, whatever it holds. Not differentiated.
+        reduction: "none" for the weighted losses of the rows, shape (...); "sum"; "mean", their weighted mean
+            over the rows; "batchmean", their sum divided by ``input.size(0)`` as in :class:`torch.nn.KLDivLoss`.
+        detach_targets: treat the target distribution of each of the two divergences as a constant. The
+            gradients are then p - q and q - p; the loss stays the same.
+
+    Returns:
+        The loss, >= 0, in float32 (float64 for float64 logits), differentiable once in ``input`` and
+        ``target``. NaN where a row holds NaN or nothing but -inf, +inf where a class is masked by -inf on one
+        side only; classes masked on both sides count as absent. With no rows, "sum" is 0 and both means NaN.
+
+    Raises:
+        TypeError: an argument is no tensor, or of a dtype that is not supported.
+        ValueError: shapes or devices do not fit, or the reduction is unknown.
+
+    Example:
+        >>> import torch
+        >>> from smart_kernels import symmetric_kl
+        >>> clean = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)
+        >>> loss = symmetric_kl(clean + 1e-5 * torch.tensor([1.0, 0.0, 0.0]), clean)
+        >>> print(f"{loss.item():.2e}")
+        8.19e-12
+    """
+    weight = _check(input, target, weight, reduction, detach_targets)
+    code = _CODE[reduction]
+    if (
+        code
+        and torch.is_grad_enabled()
+        and (input.requires_grad or target.requires_grad)
+        and input.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    ):
+        return _Fused.apply(input, target, weight, code, detach_targets)  # type: ignore[no-any-return]
+    return _forward(input, target, weight, code, detach_targets)  # type: ignore[no-any-return]
+
+
+def symmetric_kl_grad(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+    detach_targets: bool = False,
+) -> Tensor:
+    """Gradient of :func:`symmetric_kl` with respect to ``input`` alone, with no loss and no graph.
+
+    The cotangent of the adversary's inner step: one kernel launch that reads both logits and writes one gradient.
+
+    Args:
+        input: logits, as in :func:`symmetric_kl`; the gradient is taken with respect to these.
+        target: logits of the same shape.
+        weight: as in :func:`symmetric_kl`.
+        reduction: as in :func:`symmetric_kl`; "none" and "sum" give the same gradient.
+        detach_targets: as in :func:`symmetric_kl`.
+
+    Returns:
+        The gradient, shape, dtype and device of ``input``, contiguous; it requires no gradient itself.
+
+    Raises:
+        TypeError: an argument is no tensor, or of a dtype that is not supported.
+        ValueError: shapes or devices do not fit, or the reduction is unknown.
+
+    Example:
+        >>> import torch
+        >>> from smart_kernels import symmetric_kl_grad
+        >>> symmetric_kl_grad(torch.tensor([[1e-5, 0.0]]), torch.zeros(1, 2))
+        tensor([[ 5.0000e-06, -5.0000e-06]])
+    """
+    weight = _check(input, target, weight, reduction, detach_targets)
+    with torch.no_grad():
+        grad, _ = _backward(None, input, target, weight, _CODE[reduction], detach_targets, True, False)
+    return grad  # type: ignore[no-any-return]
+
+
+class SymmetricKLLoss(torch.nn.Module):
+    """The module of :func:`symmetric_kl`.
+
+    Args:
+        reduction: as in :func:`symmetric_kl`.
+        detach_targets: as in :func:`symmetric_kl`.
+
+    Example:
+        >>> import torch
+        >>> from smart_kernels import SymmetricKLLoss
+        >>> SymmetricKLLoss(reduction="sum")(torch.zeros(2, 3), torch.zeros(2, 3))
+        tensor(0.)
+    """
+
+    def __init__(self, reduction: str = "batchmean", detach_targets: bool = False) -> None:
+        super().__init__()
+        _check_options(reduction, detach_targets)
+        self.reduction = reduction
+        self.detach_targets = detach_targets
+
+    def forward(self, input: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The loss of logits ``input`` and ``target``, shape (..., C), with ``weight`` (...) per row."""
+        return symmetric_kl(input, target, weight, self.reduction, self.detach_targets)
+
+    def extra_repr(self) -> str:
+        """The options, as they stand in the module's printed form."""
+        return f"reduction={self.reduction!r}, detach_targets={self.detach_targets}"
+
+
+def _check_options(reduction: str, detach_targets: bool) -> None:
+    if reduction not in _CODE:
+        raise ValueError(f"reduction: got {reduction!r}, expected one of {', '.join(map(repr, _CODE))}")
+    if not isinstance(detach_targets, bool):
+        raise TypeError(f"detach_targets: got {type(detach_targets).__name__}, expected bool")
+
+
+def _check(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, detach_targets: bool
+) -> Tensor | None:
+    """Check all arguments; the weight comes back contiguous in the dtype of the arithmetic."""
+    _check_options(reduction, detach_targets)
+    for name, value in (("input", input), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor of logits")
+        if value.dtype not in _NARROW and value.dtype != torch.float64:
+            raise TypeError(f"{name}: got dtype {value.dtype}, expected float16, bfloat16, float32 or float64")
+    if input.dtype != target.dtype and torch.float64 in (input.dtype, target.dtype):
+        raise TypeError(f"target: got dtype {target.dtype} with input {input.dtype}, expected float64 for both or neither")
+    if input.dim() == 0 or input.size(-1) == 0:
+        raise ValueError(f"input: got shape {tuple(input.shape)}, expected (..., C) with C >= 1")
+    if input.shape != target.shape:
+        raise ValueError(f"target: got shape {tuple(target.shape)}, expected that of input, {tuple(input.shape)}")
+    if input.device != target.device:
+        raise ValueError(f"target: got device {target.device}, expected that of input, {input.device}")
+    if weight is None:
+        return None
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: got {type(weight).__name__}, expected a tensor or None")
+    if weight.dtype.is_complex:
+        raise TypeError(f"weight: got dtype {weight.dtype}, expected a real one")
+    if weight.shape != input.shape[:-1]:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected a factor per row, {tuple(input.shape[:-1])}")
+    if weight.device != input.device:
+        raise ValueError(f"weight: got device {weight.device}, expected that of input, {input.device}")
+    if weight.requires_grad:
+        raise ValueError("weight: requires grad, expected a constant: symmetric_kl is not differentiated in it")
+    return weight.to(reference.compute_dtype(input)).contiguous()
+
+
+def _forward_fake(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, detach_targets: bool
+) -> Tensor:
+    return input.new_empty((() if reduction else input.shape[:-1]), dtype=reference.compute_dtype(input))
+
+
+def _backward_fake(
+    grad_output: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    detach_targets: bool,
+    input_grad: bool,
+    target_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        input.new_empty(input.shape if input_grad else 0),
+        target.new_empty(target.shape if target_grad else 0),
+    )
+
+
+def _forward_backward_fake(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    detach_targets: bool,
+    input_grad: bool,
+    target_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = _forward_fake(input, target, weight, reduction, detach_targets)
+    return loss, *_backward_fake(
+        None, input, target, weight, reduction, detach_targets, input_grad, target_grad
+    )
+
+
+_LOGITS = "Tensor input, Tensor target, Tensor? weight, int reduction, bool detach_targets"
+_TRITON = "smart_kernels.triton_kernels.symmetric_kl"
+
+_forward = define(
+    f"symmetric_kl({_LOGITS}) -> Tensor",
+    reference=reference.symmetric_kl,
+    fake=_forward_fake,
+    triton=f"{_TRITON}:symmetric_kl",
+)
+_backward = define(
+    f"symmetric_kl_backward(Tensor? grad_output, {_LOGITS}, bool input_grad, bool target_grad) -> (Tensor, Tensor)",
+    reference=reference.symmetric_kl_backward,
+    fake=_backward_fake,
+    triton=f"{_TRITON}:symmetric_kl_backward",
+)
+_forward_backward = define(
+    f"symmetric_kl_forward_backward({_LOGITS}, bool input_grad, bool target_grad) -> (Tensor, Tensor, Tensor)",
+    reference=reference.symmetric_kl_forward_backward,
+    fake=_forward_backward_fake,
+    triton=f"{_TRITON}:symmetric_kl_forward_backward",
+)
+no_derivative("symmetric_kl_backward", "the gradient of symmetric_kl")
+no_derivative("symmetric_kl_forward_backward", "symmetric_kl_forward_backward")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, target, weight, ctx.reduction, ctx.detach_targets = inputs
+    ctx.save_for_backward(input, target, weight)
+
+
+def _autograd_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    input_grad, target_grad = ctx.needs_input_grad[:2]
+    grads = _backward(
+        grad_output, *ctx.saved_tensors, ctx.reduction, ctx.detach_targets, input_grad, target_grad
+    )
+    return grads[0] if input_grad else None, grads[1] if target_grad else None, None, None, None
+
+
+torch.library.register_autograd(
+    f"{NAMESPACE}::symmetric_kl", _autograd_backward, setup_context=_setup_context, lib=LIBRARY
+)
+
+
+class _Fused(torch.autograd.Function):
+    """Loss and gradients in one pass over the logits, for a reduced loss on the CPU.
+
+    The gradients are those for an upstream gradient of one. Whether it is one can be read for nothing on the
+    CPU; where it is another, they are computed anew with it, so that they are rounded once and a loss scale
+    still protects what a narrow dtype would flush to zero. On a GPU that look would be a synchronisation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, detach_targets: bool
+    ) -> Tensor:
+        _setup_context(ctx, (input, target, weight, reduction, detach_targets), input)
+        input_grad, target_grad = ctx.needs_input_grad[:2]
+        loss, *grads = _forward_backward(input, target, weight, reduction, detach_targets, input_grad, target_grad)
+        ctx.grads = (grads[0] if input_grad else None, grads[1] if target_grad else None, None, None, None)
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        # Given away once, so that .grad takes them over without a copy; a second backward computes its own.
+        grads, ctx.grads = ctx.grads, None
+        if grads is None or torch.is_grad_enabled() or grad_output.item() != 1:
+            return _autograd_backward(ctx, grad_output)
+        _ = ctx.saved_tensors  # raises where the logits were changed in place, or the graph was freed
+        return grads  # type: ignore[no-any-return]
