@@ -41,9 +41,9 @@ def extensions() -> tuple[list, dict]:
         print(f"smart_kernels: no CUDA kernels, for want of {' and '.join(missing)}", file=sys.stderr)
         if REQUESTED == "cuda":
             sys.exit(f"SMART_KERNELS_BUILD=cuda needs {' and '.join(missing)}")
-    stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+    stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
     common = {"include_dirs": [str(Path("csrc").resolve())], "py_limited_api": True}
-    cxx = ["-O3", "-std=c++20", "-fno-math-errno", "-Wno-psabi", "-fvisibility=hidden", *stable]
+    cxx = ["-O3", "-std=c++20", "-fno-math-errno", "-Wno-psabi", "-Wno-maybe-uninitialized", "-fvisibility=hidden", *stable]
     modules = [
         CppExtension("smart_kernels._C", ["csrc/ops.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
                      extra_compile_args=cxx, **common)

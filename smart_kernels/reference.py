@@ -89,7 +89,7 @@ def symmetric_kl_normaliser(input: Tensor, weight: Tensor | None, reduction: int
     """What the sum over rows is multiplied by; NaN where there are no rows to average."""
     match REDUCTIONS[reduction]:
         case "batchmean":
-            return 1 / input.size(0) if input.numel() else math.nan
+            return 1 / input.size(0) if input.size(0) else math.nan
         case "mean" if weight is not None:
             return weight.sum().reciprocal() if input.numel() else math.nan
         case "mean":

@@ -1,0 +1,62 @@
+// A tensor (..., C) of logits as rows: any strides, any floating dtype.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace smart_kernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+class Rows {
+ public:
+  explicit Rows(const Tensor& x)
+      : data_(static_cast<const char*>(x.const_data_ptr())),
+        dtype_(x.scalar_type()),
+        itemsize_(x.element_size()) {
+    const auto sizes = x.sizes();
+    const auto strides = x.strides();
+    const int64_t last = x.dim() - 1;
+    cols_ = sizes[last];
+    column_stride_ = cols_ > 1 ? strides[last] : 1;
+    for (int64_t d = 0; d < last; ++d) {
+      rows_ *= sizes[d];
+      if (sizes[d] == 1) continue;
+      // dimensions that follow each other in memory are one
+      if (!dims_.empty() && dims_.back().stride == strides[d] * sizes[d])
+        dims_.back() = {dims_.back().size * sizes[d], strides[d]};
+      else
+        dims_.push_back({sizes[d], strides[d]});
+    }
+    if (dims_.empty()) dims_.push_back({1, 0});
+  }
+
+  const void* row(int64_t index) const {
+    int64_t offset = 0;
+    for (size_t d = dims_.size(); --d > 0;) {
+      offset += index % dims_[d].size * dims_[d].stride;
+      index /= dims_[d].size;
+    }
+    return data_ + (offset + index * dims_[0].stride) * itemsize_;
+  }
+
+  int64_t rows() const { return rows_; }
+  int64_t cols() const { return cols_; }
+  int64_t column_stride() const { return column_stride_; }
+  ScalarType dtype() const { return dtype_; }
+
+ private:
+  struct Dim {
+    int64_t size, stride;
+  };
+  const char* data_;
+  ScalarType dtype_;
+  int64_t itemsize_;
+  int64_t rows_ = 1, cols_ = 1, column_stride_ = 1;
+  std::vector<Dim> dims_;
+};
+
+}  // namespace smart_kernels

@@ -1,0 +1,246 @@
+// Vectors of the width of the instruction set at hand, on the compiler's own vector types, and the maths the
+// kernels share. Included once per instruction set by foreach_isa.h.
+
+#undef SK_INLINE
+#undef SK_LAMBDA
+#define SK_INLINE inline __attribute__((always_inline))
+#define SK_LAMBDA __attribute__((always_inline))
+
+namespace smart_kernels::SK_ISA {
+
+template <typename T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float V __attribute__((vector_size(SK_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(SK_VECTOR_BYTES)));
+};
+template <>
+struct VecOf<double> {
+  typedef double V __attribute__((vector_size(SK_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(SK_VECTOR_BYTES)));
+};
+template <typename T>
+using Vec = typename VecOf<T>::V;
+// Lane masks (all bits set or none) and the bits of a Vec<T>
+template <typename T>
+using Mask = typename VecOf<T>::I;
+template <typename T>
+constexpr int kLanes = SK_VECTOR_BYTES / sizeof(T);
+
+template <typename T>
+SK_INLINE Vec<T> set1(T x) {
+  return x - Vec<T>{};  // x + 0 would lose the sign of -0
+}
+template <typename T>
+SK_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <typename T>
+SK_INLINE void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+// The first n lanes from memory, the others `fill`
+template <typename T>
+SK_INLINE Vec<T> load_n(const T* p, int n, T fill) {
+  Vec<T> v = set1(fill);
+  __builtin_memcpy(&v, p, n * sizeof(T));
+  return v;
+}
+template <typename T>
+SK_INLINE void store_n(T* p, Vec<T> v, int n) {
+  __builtin_memcpy(p, &v, n * sizeof(T));
+}
+
+// bfloat16 and float16 are held as their bits: arithmetic is float's.
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+typedef uint16_t Bits16 __attribute__((vector_size(SK_VECTOR_BYTES / 2)));
+
+SK_INLINE Vec<float> load(const bf16* p) {
+  Bits16 bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return (Vec<float>)(__builtin_convertvector(bits, Mask<float>) << 16);
+}
+SK_INLINE Vec<float> load(const fp16* p) {
+#if SK_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif SK_VECTOR_BYTES == 32
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  // The exponent is rebased by a multiplication, exact also for subnormals; that of inf and NaN is all ones.
+  Bits16 half;
+  __builtin_memcpy(&half, p, sizeof half);
+  const Mask<float> bits = __builtin_convertvector(half, Mask<float>), magnitude = (bits & 0x7fff) << 13;
+  const Mask<float> scaled = (Mask<float>)((Vec<float>)magnitude * 0x1p112f);
+  const Mask<float> special = magnitude >= (0x7c00 << 13) ? Mask<float>{} + 0x7f800000 : Mask<float>{};
+  return (Vec<float>)(scaled | special | (bits & 0x8000) << 16);
+#endif
+}
+// Rounded to nearest, ties to even
+SK_INLINE void store(bf16* p, Vec<float> x) {
+  const Mask<float> bits = (Mask<float>)x, odd = (bits >> 16) & 1;
+  const Mask<float> rounded = x == x ? bits + (odd + 0x7fff) : Mask<float>{} + 0x7fc00000;
+  const Bits16 half = __builtin_convertvector((rounded >> 16) & 0xffff, Bits16);
+  __builtin_memcpy(p, &half, sizeof half);
+}
+SK_INLINE void store(fp16* p, Vec<float> x) {
+#if SK_VECTOR_BYTES == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif SK_VECTOR_BYTES == 32
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  // A number that starts at 2^13 times the last place of the result rounds the sum there: its lowest bits are the
+  // half's mantissa, at least 2^-14's for subnormals. What overflows is infinite.
+  const Mask<float> sign = (Mask<float>)x & INT32_MIN;
+  const Vec<float> magnitude = (Vec<float>)((Mask<float>)x & INT32_MAX);
+  const Mask<float> exponent = (Mask<float>)magnitude & 0x7f800000;
+  const Mask<float> floor = Mask<float>{} + (113 << 23);
+  const Mask<float> base = (exponent > floor ? exponent : floor) + (13 << 23);
+  const Mask<float> mantissa = (Mask<float>)(magnitude + (Vec<float>)base) - base;
+  Mask<float> half = ((base - ((113 + 13) << 23)) >> 13) + mantissa;
+  half = magnitude >= 65520.0f ? Mask<float>{} + 0x7c00 : half;
+  half = x == x ? half : Mask<float>{} + 0x7e00;
+  const Bits16 bits = __builtin_convertvector((half | (sign >> 16)) & 0xffff, Bits16);
+  __builtin_memcpy(p, &bits, sizeof bits);
+#endif
+}
+// n < kLanes of any of the four dtypes
+template <typename S>
+SK_INLINE auto load_some(const S* p, int n) {
+  S lanes[sizeof(S) == 8 ? kLanes<double> : kLanes<float>] = {};
+  __builtin_memcpy(lanes, p, n * sizeof(S));
+  return load(static_cast<const S*>(lanes));
+}
+template <typename S, typename V>
+SK_INLINE void store_some(S* p, V x, int n) {
+  S lanes[sizeof(S) == 8 ? kLanes<double> : kLanes<float>];
+  store(lanes, x);
+  __builtin_memcpy(p, lanes, n * sizeof(S));
+}
+
+template <typename V>
+SK_INLINE V vmax(V a, V b) {
+  return a > b ? a : b;
+}
+template <typename V>
+SK_INLINE V vmin(V a, V b) {
+  return a < b ? a : b;
+}
+template <typename T>
+SK_INLINE Vec<T> vabs(Vec<T> x) {
+  return (Vec<T>)((Mask<T>)x & std::numeric_limits<std::remove_reference_t<decltype(Mask<T>{}[0])>>::max());
+}
+
+template <typename T>
+SK_INLINE T reduce_add(Vec<T> v) {
+  T sum = v[0];
+  for (int i = 1; i < kLanes<T>; ++i) sum += v[i];
+  return sum;
+}
+template <typename T>
+SK_INLINE T reduce_max(Vec<T> v) {
+  T best = v[0];
+  for (int i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+template <typename T>
+SK_INLINE bool any(Mask<T> m) {
+  auto bits = m[0];
+  for (int i = 1; i < kLanes<T>; ++i) bits |= m[i];
+  return bits != 0;
+}
+
+// exp(x) - 1 = x + x^2 P(x) for |x| <= 0.5; minimax, relative error 3e-9 (float) and 4e-19 (double) before rounding.
+template <typename T>
+SK_INLINE Vec<T> expm1_small(Vec<T> x) {
+  Vec<T> p;
+  if constexpr (std::is_same_v<T, float>) {
+    p = set1(1.9849814572305420e-4f);
+    p = p * x + 1.3996176313225246e-3f;
+    p = p * x + 8.3335790166981994e-3f;
+    p = p * x + 4.1665358598777233e-2f;
+    p = p * x + 1.6666663985703641e-1f;
+    p = p * x + 5.0000003853157625e-1f;
+  } else {
+    p = set1(1.6060237427842429230e-10);
+    p = p * x + 2.0969583784729333315e-9;
+    p = p * x + 2.5052366549310857575e-8;
+    p = p * x + 2.7557031245569488188e-7;
+    p = p * x + 2.7557318263706695110e-6;
+    p = p * x + 2.4801587728982703836e-5;
+    p = p * x + 1.9841269842635576117e-4;
+    p = p * x + 1.3888888888582243434e-3;
+    p = p * x + 8.3333333333325246135e-3;
+    p = p * x + 4.1666666666667598685e-2;
+    p = p * x + 1.6666666666666668210e-1;
+    p = p * x + 4.9999999999999999218e-1;
+  }
+  return (x * x) * p + x;
+}
+
+// exp(x) for x <= 0; 0 below the smallest normal result, NaN for NaN.
+template <typename T>
+SK_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
+  constexpr bool f = std::is_same_v<T, float>;
+  constexpr T round = f ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^mantissa: adding it rounds to an integer
+  constexpr int mantissa = f ? 23 : 52;
+  constexpr T lowest = f ? T(-87.33654) : T(-708.3964185322641);
+  const Vec<T> shifted = x * T(1.4426950408889634074) + round;
+  const Vec<T> n = shifted - round;
+  // x - n ln 2, ln 2 in two parts, the first with so few bits that n times it is exact
+  Vec<T> r = x - n * (f ? T(0.693359375) : T(6.93147180369123816490e-1));
+  r = r - n * (f ? T(-2.12194440054690583e-4) : T(1.90821492927058770002e-10));
+  const Vec<T> y = expm1_small<T>(r) + T(1);
+  const Mask<T> exponent = ((Mask<T>)shifted - (Mask<T>)set1(round)) << mantissa;
+  return x < lowest ? Vec<T>{} : (Vec<T>)((Mask<T>)y + exponent);
+}
+
+// log(x) of a positive normal number, to 1 ulp or so.
+template <typename T>
+SK_INLINE Vec<T> log_positive(Vec<T> x) {
+  if constexpr (std::is_same_v<T, float>) {
+    // x = 2^k m, m in [sqrt(1/2), sqrt(2)); log m = f - f^2/2 + f^3 P(f), f = m - 1
+    const Mask<T> bits = (Mask<T>)x - 0x3f3504f3;
+    const Mask<T> k = bits >> 23;
+    const Vec<T> f = (Vec<T>)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+    Vec<T> p = set1(0.0691558081164f);
+    p = p * f - 0.117898789487f;
+    p = p * f + 0.118729159102f;
+    p = p * f - 0.1238433226f;
+    p = p * f + 0.142186647486f;
+    p = p * f - 0.166692520008f;
+    p = p * f + 0.200022262824f;
+    p = p * f - 0.249999865727f;
+    p = p * f + 0.333333104459f;
+    const Vec<T> kf = __builtin_convertvector(k, Vec<T>);
+    Vec<T> y = p * f * f * f + kf * -2.12194440e-4f;
+    y = y - 0.5f * f * f;
+    return kf * 0.693359375f + (f + y);
+  } else {
+    Vec<T> y;
+    for (int i = 0; i < kLanes<T>; ++i) y[i] = std::log(x[i]);
+    return y;
+  }
+}
+
+// log(1 + x) for x > -1: what the rounding of 1 + x drops is put back as the quotient x / ((1 + x) - 1)
+template <typename T>
+SK_INLINE Vec<T> log1p(Vec<T> x) {
+  if constexpr (std::is_same_v<T, float>) {
+    const Vec<T> u = x + T(1), kept = u - T(1);
+    return kept == Vec<T>{} ? x : log_positive<T>(u) * (x / kept);
+  } else {
+    Vec<T> y;
+    for (int i = 0; i < kLanes<T>; ++i) y[i] = std::log1p(x[i]);
+    return y;
+  }
+}
+
+}  // namespace smart_kernels::SK_ISA

@@ -1,0 +1,14 @@
+// The Python module of the CPU kernels. Each file in cpu/ registers its own with the dispatcher when this is loaded.
+#include <Python.h>
+
+#include "cpu/isa.h"
+
+namespace {
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "Compiled CPU kernels of smart_kernels.", -1, nullptr};
+}
+
+PyMODINIT_FUNC PyInit__C() {
+  PyObject* module = PyModule_Create(&definition);
+  if (module) PyModule_AddStringConstant(module, "isa", smart_kernels::isa_name());
+  return module;
+}
