@@ -13,62 +13,86 @@ def wide(x: torch.Tensor) -> np.ndarray:
     return x.detach().cpu().double().numpy().astype(WIDE)
 
 
-def symmetric_kl(a: torch.Tensor, b: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Loss of each row (...), and its gradients with respect to a and b (..., C), in extended precision.
+class SymmetricKL:
+    """Loss of each row (...) of logits a, b (..., C), and its gradients, in extended precision.
 
     The centred formula is exact to the dtype's last digits at any distance of a and b: with 64 bits of mantissa
     and differences of 1e-6 there remain 13 digits.
     """
-    a, b = wide(a), wide(b)
-    with np.errstate(all="ignore"):
-        absent = np.isneginf(a) & np.isneginf(b)
-        top_a, top_b = a.max(-1, keepdims=True), b.max(-1, keepdims=True)
-        p, q = np.exp(a - top_a), np.exp(b - top_b)
-        sum_a, sum_b = p.sum(-1, keepdims=True), q.sum(-1, keepdims=True)
-        p, q = p / sum_a, q / sum_b
-        d = np.where(absent, 0, a - b)
-        d = np.where(absent, 0, d - np.take_along_axis(d, b.argmax(-1)[..., None], -1))
-        close = np.abs(d).max(-1, keepdims=True) < 1
-        s = np.where(
-            close,
-            np.log1p((q * np.expm1(d)).sum(-1, keepdims=True)),
-            np.log(sum_a / sum_b) + (top_a - top_b - (np.where(absent, 0, a - b) - d).max(-1, keepdims=True)),
-        )
-        t = np.where(absent, 0, d - s)
-        x = np.where(np.abs(t) < 1, q * np.expm1(t), p - q)
-        infinite = (np.isneginf(a) != np.isneginf(b)).any(-1)
-        bad = np.isnan(a).any(-1) | np.isnan(b).any(-1) | ~np.isfinite(top_a[..., 0]) | ~np.isfinite(top_b[..., 0])
-        loss = np.where(bad, np.nan, np.where(infinite, np.inf, (x * t).sum(-1)))
-        grad_a = p * (t - (p * t).sum(-1, keepdims=True)) + x
-        grad_b = -q * (t - (q * t).sum(-1, keepdims=True)) - x
-    return loss, grad_a, grad_b
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        self.dtypes = a.dtype, b.dtype
+        a, b = wide(a), wide(b)
+        with np.errstate(all="ignore"):
+            absent = np.isneginf(a) & np.isneginf(b)
+            top_a, top_b = a.max(-1, keepdims=True), b.max(-1, keepdims=True)
+            p, q = np.exp(a - top_a), np.exp(b - top_b)
+            sum_a, sum_b = p.sum(-1, keepdims=True), q.sum(-1, keepdims=True)
+            p, q = p / sum_a, q / sum_b
+            d = np.where(absent, 0, a - b)
+            centre = np.take_along_axis(d, b.argmax(-1)[..., None], -1)
+            self.distance = np.where(np.isfinite(d), np.abs(d), 0).max(-1)
+            d = np.where(absent, 0, d - centre)
+            s = np.where(
+                np.abs(d).max(-1, keepdims=True) < 1,
+                np.log1p((q * np.expm1(d)).sum(-1, keepdims=True)),
+                np.log(sum_a / sum_b) + (top_a - top_b - centre),
+            )
+            t = np.where(absent, 0, d - s)
+            x = np.where(np.abs(t) < 1, q * np.expm1(t), p - q)
+            self.undefined = ~np.isfinite(top_a[..., 0]) | ~np.isfinite(top_b[..., 0])
+            self.undefined |= np.isnan(a).any(-1) | np.isnan(b).any(-1)
+            infinite = (np.isneginf(a) != np.isneginf(b)).any(-1)
+            self.loss = np.where(self.undefined, np.nan, np.where(infinite, np.inf, (x * t).sum(-1)))
+            kl_pq, kl_qp = (p * t).sum(-1, keepdims=True), -(q * t).sum(-1, keepdims=True)
+            self.grads = p * (t - kl_pq) + x, -q * (t + kl_qp) - x
+            self.detached = x, -x
+            reach = np.abs(t) + self.distance[..., None]
+            self.terms = p * (reach + kl_pq) + np.abs(x), q * (reach + kl_qp) + np.abs(x)
+
+    def check_loss(self, loss: torch.Tensor) -> None:
+        """Each row's loss within 1e-5 of it, plus what fp32 differences of the logits can resolve."""
+        relative, resolved = (1e-12, 1e-12) if torch.float64 in self.dtypes else (1e-5, 2.0**-21)
+        with np.errstate(invalid="ignore"):
+            bar = relative * self.loss + resolved * self.distance * np.sqrt(self.loss)
+        compare(wide(loss), self.loss, bar, "loss")
+        assert (wide(loss)[~self.undefined] >= 0).all()
+
+    def check_grads(self, *grads: torch.Tensor, scale: float = 1.0, detach_targets: bool = False) -> None:
+        """Both gradients (an empty one is passed over) of the rows' losses times ``scale``."""
+        truths = self.detached if detach_targets else self.grads
+        for name, grad, truth, terms, dtype in zip(("input", "target"), grads, truths, self.terms, self.dtypes, strict=True):
+            if not grad.numel() and truth.size:
+                continue
+            assert grad.dtype == dtype
+            defined = np.isfinite(self.loss)
+            error = np.abs(wide(grad) - truth * scale)[defined]
+            if dtype in (torch.float32, torch.float64):
+                relative, resolved = (1e-12, 1e-12) if dtype == torch.float64 else (1e-5, 2.0**-20)
+                norm = np.sqrt((truth[defined].astype(np.float64) ** 2).sum(-1))
+                error = np.sqrt((error.astype(np.float64) ** 2).sum(-1))
+                bar = scale * (relative * norm + resolved * self.distance[defined])
+            else:
+                # One unit in the last place. Where the terms of the gradient cancel (it crosses zero somewhere in
+                # any long row) fp32 arithmetic leaves a few of its own units of the terms: 2^-20 of them, the
+                # logits' differences that enter them included.
+                bar = ulp(truth[defined] * scale, dtype) + scale * 2.0**-20 * terms[defined]
+            compare(error, np.zeros_like(error), bar, f"gradient of {name}")
 
 
-def resolution(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
-    """max_j |a_j - b_j| of each row: what the differences of fp32 logits can resolve scales with it."""
-    a, b = wide(a), wide(b)
-    with np.errstate(all="ignore"):
-        d = np.abs(a - b)
-    return np.where(np.isfinite(d), d, 0).max(-1)
-
-
-def loss_bar(a: torch.Tensor, b: torch.Tensor, loss: np.ndarray) -> np.ndarray:
-    """The accuracy promised for each row's loss: 1e-5 of it, plus what fp32 differences of logits resolve."""
-    if a.dtype == torch.float64:
-        return 1e-12 * loss + 1e-12 * resolution(a, b) * np.sqrt(loss)
-    return 1e-5 * loss + 2.0**-21 * resolution(a, b) * np.sqrt(loss)
-
-
-def grad_bar(a: torch.Tensor, b: torch.Tensor, grad: np.ndarray) -> np.ndarray:
-    """The accuracy promised for each row's gradient, in the Euclidean norm."""
-    if a.dtype == torch.float64:
-        return 1e-12 * np.linalg.norm(grad.astype(np.float64), axis=-1) + 1e-12 * resolution(a, b)
-    return 1e-5 * np.linalg.norm(grad.astype(np.float64), axis=-1) + 2.0**-20 * resolution(a, b)
+def compare(value: np.ndarray, truth: np.ndarray, bar: np.ndarray, what: str) -> None:
+    """Equal where not finite, within the bar elsewhere; the worst place is named."""
+    odd = ~np.isfinite(truth)
+    np.testing.assert_array_equal(value[odd].astype(np.float64), truth[odd].astype(np.float64), err_msg=what)
+    with np.errstate(invalid="ignore"):
+        excess = np.where(odd, 0, np.abs(value - truth) - bar)
+    if excess.size and not (excess <= 0).all():  # NaN is no agreement
+        at = np.unravel_index(np.argmax(np.where(np.isnan(excess), np.inf, excess)), excess.shape)
+        raise AssertionError(f"{what} at {at}: {value[at]!r}, truth {truth[at]!r}, allowed {bar[at]!r}")
 
 
 def ulp(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """The distance of two neighbouring numbers of a dtype at |x|."""
     info = torch.finfo(dtype)
-    mantissa = -int(np.log2(info.eps))
     exponent = np.floor(np.log2(np.maximum(np.abs(x.astype(np.float64)), info.tiny)))
-    return np.exp2(exponent - mantissa)
+    return np.exp2(exponent) * info.eps

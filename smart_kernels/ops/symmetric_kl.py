@@ -53,7 +53,7 @@ def symmetric_kl(
         >>> clean = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)
         >>> loss = symmetric_kl(clean + 1e-5 * torch.tensor([1.0, 0.0, 0.0]), clean)
         >>> print(f"{loss.item():.2e}")
-        8.19e-12
+        8.21e-12
     """
     weight = _check(input, target, weight, reduction, detach_targets)
     code = _CODE[reduction]
@@ -135,7 +135,7 @@ class SymmetricKLLoss(torch.nn.Module):
 
 
 def _check_options(reduction: str, detach_targets: bool) -> None:
-    if reduction not in _CODE:
+    if not isinstance(reduction, str) or reduction not in _CODE:
         raise ValueError(f"reduction: got {reduction!r}, expected one of {', '.join(map(repr, _CODE))}")
     if not isinstance(detach_targets, bool):
         raise TypeError(f"detach_targets: got {type(detach_targets).__name__}, expected bool")

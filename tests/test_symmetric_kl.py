@@ -1,0 +1,501 @@
+"""symmetric_kl against extended precision: the CPU kernel and the eager reference; the public contract."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import SymmetricKL, wide
+from torch.autograd import gradcheck
+
+import smart_kernels
+from smart_kernels import SymmetricKLLoss, reference, symmetric_kl, symmetric_kl_grad
+
+ops = torch.ops.smart_kernels
+NONE, SUM, MEAN, BATCHMEAN = range(4)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DELTAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 1.0, 5.0, 20.0)
+
+requires_extension = pytest.mark.skipif(
+    smart_kernels.COMPILED["_C"] is not None, reason="the compiled CPU kernels are not built here"
+)
+
+
+class Kernel:
+    """What serves the CPU: the dispatcher's choice, which is the C++ kernel."""
+
+    forward = staticmethod(ops.symmetric_kl)
+    backward = staticmethod(ops.symmetric_kl_backward)
+    forward_backward = staticmethod(ops.symmetric_kl_forward_backward)
+
+
+class Reference:
+    """The eager definition."""
+
+    forward = staticmethod(reference.symmetric_kl)
+    backward = staticmethod(reference.symmetric_kl_backward)
+    forward_backward = staticmethod(reference.symmetric_kl_forward_backward)
+
+
+@pytest.fixture(params=[pytest.param(Kernel, marks=requires_extension), Reference])
+def kl(request: pytest.FixtureRequest) -> type[Kernel]:
+    return request.param
+
+
+def logits(rows: int, cols: int, delta: float, *dtypes: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of logits a and b that differ by about delta before they are rounded."""
+    b = 2 * torch.randn(rows, cols, dtype=torch.float64)
+    a = b + delta * torch.randn(rows, cols, dtype=torch.float64)
+    return a.to(dtypes[0]), b.to(dtypes[-1])
+
+
+def check(kl: type[Kernel], a: torch.Tensor, b: torch.Tensor) -> SymmetricKL:
+    """All three ops on a, b against the truth, in both roles and to one side alone."""
+    truth = SymmetricKL(a, b)
+    loss = kl.forward(a, b, None, NONE, False)
+    assert loss.dtype == reference.compute_dtype(a)
+    truth.check_loss(loss)
+    grads = kl.backward(torch.ones_like(loss), a, b, None, NONE, False, True, True)
+    truth.check_grads(*grads)
+    truth.check_grads(*kl.backward(None, a, b, None, NONE, True, True, True), detach_targets=True)
+    one_sided = kl.backward(None, a, b, None, NONE, False, True, False)
+    assert torch.equal(one_sided[0], grads[0]) or one_sided[0].isnan().any()
+    assert one_sided[1].numel() == 0
+    fused_loss, *fused = kl.forward_backward(a, b, None, SUM, False, True, True)
+    truth.check_grads(*fused)
+    total = truth.loss.sum()
+    if np.isfinite(total):
+        bar = 1e-5 * total + (2.0**-21 * truth.distance * np.sqrt(truth.loss)).sum() + 1e-30
+        assert abs(fused_loss.item() - total) <= bar
+    return truth
+
+
+@pytest.mark.parametrize("cols", [1, 2, 3, 31, 33, 64, 65, 127, 1000, 30522])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accuracy(kl: type[Kernel], dtype: torch.dtype, cols: int) -> None:
+    for delta in DELTAS:
+        check(kl, *logits(3 if cols > 1000 else 37, cols, delta, dtype))
+
+
+@pytest.mark.parametrize("delta", [1e-6, 1e-2, 5.0])
+def test_accuracy_of_a_quarter_of_a_million_classes(kl: type[Kernel], delta: float) -> None:
+    check(kl, *logits(2, 262144, delta, torch.float32))
+
+
+@pytest.mark.parametrize(("a", "b"), [*itertools.permutations(DTYPES[:3], 2)])
+def test_accuracy_of_mixed_dtypes(kl: type[Kernel], a: torch.dtype, b: torch.dtype) -> None:
+    for cols in (3, 100):
+        check(kl, *logits(9, cols, 1e-2, a, b))
+
+
+@pytest.mark.parametrize("cols", [3, 100, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_accuracy_of_awkward_rows(kl: type[Kernel], dtype: torch.dtype, cols: int) -> None:
+    base = torch.randn(cols, dtype=dtype)
+    noise = torch.randn(cols, dtype=dtype)
+    top = torch.nn.functional.one_hot(base.argmax(), cols).to(dtype)
+    rare = base - 20 * torch.nn.functional.one_hot(base.argmin(), cols).to(dtype)
+    pairs = [
+        (base + 1e-5 * noise + 100, base),  # a constant on top
+        (base + 3 * top, base),  # only the likeliest class differs
+        (base - 3 * top, base),
+        (0 * base + 3 * top + 1e-3 * noise, 0 * base),  # all classes alike but one
+        (rare + 1e-5 * noise + 5 * (rare == rare.min()), rare),  # one that hardly counts is far off
+        (1e4 + base, 1e4 + base + 1e-2 * noise),  # large logits
+        (30 * base, -30 * base),  # nothing in common
+        (noise, base),
+        (base + 0.49, base - 0.01 * noise),  # about where the formulas change over
+        (base + 0.5 * noise.clamp(-1, 1), base),
+        (torch.full_like(base, -1e37) + 3e36 * top, base),  # about as large as fp32 logits can be told apart
+    ]
+    check(kl, torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs]))
+
+
+@pytest.mark.parametrize("cols", [2, 7, 40, 97])
+def test_special_rows_leave_the_others_alone(kl: type[Kernel], cols: int) -> None:
+    inf, nan = math.inf, math.nan
+    a, b = logits(40, cols, 1e-2, torch.float32)
+    plain = SymmetricKL(a, b)
+    a[3, 0] = -inf  # masked on one side only
+    b[5, 1] = -inf
+    a[7, -1] = nan
+    b[9, 0] = nan
+    a[11] = -inf  # no class left
+    b[13] = -inf
+    a[15] = b[15] = -inf
+    a[17, 1] = inf
+    a[19, :-1] = b[19, :-1] = -inf  # one class left
+    a[21, 0] = b[21, 0] = -inf
+    truth = check(kl, a, b)
+    touched = [3, 5, 7, 9, 11, 13, 15, 17, 19, 21]
+    infinite, undefined = [3, 5], [7, 9, 11, 13, 15, 17]
+    loss = wide(kl.forward(a, b, None, NONE, False))
+    assert np.isposinf(loss[infinite]).all()
+    assert np.isnan(loss[undefined]).all()
+    assert loss[19] == 0
+    others = np.setdiff1d(np.arange(40), touched)
+    np.testing.assert_array_equal(truth.loss[others], plain.loss[others])
+    grads = kl.backward(None, a, b, None, NONE, False, True, True)
+    for grad in grads:
+        assert grad[others].isfinite().all()
+        assert grad[infinite + undefined].isnan().all()
+        assert (grad[19] == 0).all()
+        assert grad[21, 0] == 0
+
+
+@pytest.mark.parametrize("cols", [5, 80, 9000])
+def test_masked_classes_are_absent(kl: type[Kernel], cols: int) -> None:
+    a, b = logits(4, cols, 1e-3, torch.float32)
+    keep = torch.rand(cols) < 0.5
+    keep[:2] = torch.tensor([True, False])
+    masked_a, masked_b = a.masked_fill(~keep, -math.inf), b.masked_fill(~keep, -math.inf)
+    truth = SymmetricKL(a[:, keep], b[:, keep])
+    truth.check_loss(kl.forward(masked_a, masked_b, None, NONE, False))
+    for grad, side in zip(
+        kl.backward(None, masked_a, masked_b, None, NONE, False, True, True), (0, 1), strict=True
+    ):
+        assert (grad[:, ~keep] == 0).all()
+        error = np.linalg.norm((wide(grad[:, keep]) - truth.grads[side]).astype(np.float64), axis=-1)
+        norm = np.linalg.norm(truth.grads[side].astype(np.float64), axis=-1)
+        assert (error <= 1e-5 * norm + 2.0**-20 * truth.distance).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cols", [1, 3, 100, 5000])
+def test_equal_logits_give_exact_zeros(kl: type[Kernel], dtype: torch.dtype, cols: int) -> None:
+    a = (10 * torch.randn(20, cols)).to(dtype)
+    a[3] = 1000
+    loss, *grads = kl.forward_backward(a, a.clone(), None, SUM, False, True, True)
+    assert loss == 0
+    assert all((grad == 0).all() for grad in grads)
+
+
+@given(
+    rows=st.integers(1, 40),
+    cols=st.integers(1, 200),
+    delta=st.floats(1e-6, 20),
+    shift=st.floats(-50, 50),
+    seed=st.integers(0, 2**31),
+)
+def test_properties(rows: int, cols: int, delta: float, shift: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    a, b = logits(rows, cols, delta, torch.float32)
+    truth = SymmetricKL(a, b)
+    loss, grad_a, grad_b = ops.symmetric_kl_forward_backward(a, b, None, SUM, False, True, True)
+    rows_loss = symmetric_kl(a, b, reduction="none")
+    truth.check_loss(rows_loss)
+    truth.check_grads(grad_a, grad_b)
+    # exchanged: the same loss, the gradients exchanged
+    truth.check_loss(symmetric_kl(b, a, reduction="none"))
+    truth.check_grads(*reversed(ops.symmetric_kl_backward(None, b, a, None, NONE, False, True, True)))
+    # a constant on a whole row of one side changes nothing beyond what the sum's rounding does
+    shifted = a + shift
+    SymmetricKL(shifted, b).check_loss(symmetric_kl(shifted, b, reduction="none"))
+    # the gradients of one row sum to 0, as the loss does not change when a constant is added
+    scale = 2.0**-20 * (1 + torch.from_numpy(truth.distance.astype(np.float32)))
+    assert (grad_a.sum(-1).abs() <= scale).all()
+    assert (grad_b.sum(-1).abs() <= scale).all()
+
+
+def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same (4, 6, C) values in memory laid out otherwise."""
+    poisoned = torch.full((4, 7, x.size(-1) + 3), math.nan, dtype=x.dtype)
+    poisoned[:, :-1, 1:-2] = x
+    every_other = torch.full((4, 6, 2 * x.size(-1)), math.nan, dtype=x.dtype)
+    every_other[..., ::2] = x
+    return {
+        "contiguous": x,
+        "sliced": poisoned[:, :-1, 1:-2],
+        "transposed rows": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "transposed classes": x.transpose(1, 2).contiguous().transpose(1, 2),
+        "reversed": x.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+        "every other class": every_other[..., ::2],
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cols", [3, 70])
+def test_any_strides(kl: type[Kernel], dtype: torch.dtype, cols: int) -> None:
+    a, b = (x.view(4, 6, cols) for x in logits(24, cols, 1e-2, dtype))
+    expected = kl.forward_backward(a, b, None, BATCHMEAN, False, True, True)
+    for (name_a, x), (name_b, y) in itertools.product(layouts(a).items(), layouts(b).items()):
+        got = kl.forward_backward(x, y, None, BATCHMEAN, False, True, True)
+        for want, have in zip(expected, got, strict=True):
+            torch.testing.assert_close(have, want, rtol=0, atol=1e-7, msg=f"{name_a}, {name_b}")
+
+
+def test_expanded_logits() -> None:
+    a, b = logits(1, 10, 1e-2, torch.float32)
+    a.requires_grad_()
+    loss = symmetric_kl(a.expand(5, 10), b.expand(5, 10), reduction="sum")
+    loss.backward()
+    truth = SymmetricKL(a, b)
+    assert abs(loss.item() - 5 * truth.loss[0]) <= 1e-5 * 5 * truth.loss[0]
+    truth.check_grads(a.grad, torch.empty(0), scale=5.0)
+
+
+@requires_extension
+def test_nothing_is_written_beyond_the_rows_or_left_unwritten() -> None:
+    for rows, cols in ((1, 1), (5, 3), (17, 33), (3, 65), (2, 4097)):
+        a, b = logits(rows, cols, 1e-2, torch.float32)
+        expected = ops.symmetric_kl_backward(None, a, b, None, NONE, False, True, True)
+        # The allocator hands freed blocks out again: poisoned ones show what the kernel does not write.
+        blocks = [torch.full((rows, cols), math.nan) for _ in range(8)]
+        del blocks
+        for want, have in zip(expected, ops.symmetric_kl_backward(None, a, b, None, NONE, False, True, True), strict=True):
+            assert torch.equal(want, have)
+
+
+@pytest.mark.parametrize("reduction", reference.REDUCTIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", [(4, 6, 5), (24, 70), (9,)])
+def test_reductions(kl: type[Kernel], shape: tuple[int, ...], weighted: bool, reduction: str) -> None:
+    a, b = (x.view(shape) for x in logits(math.prod(shape[:-1]), shape[-1], 0.3, torch.float64))
+    weight = torch.rand(shape[:-1], dtype=torch.float64) if weighted else None
+    truth = SymmetricKL(a, b)
+    factor = np.ones(shape[:-1]) if weight is None else weight.numpy()
+    divisor = {"none": 1, "sum": 1, "mean": factor.sum(), "batchmean": shape[0]}[reduction]
+    code = reference.REDUCTIONS.index(reduction)
+    rows = truth.loss * factor / divisor
+    loss = kl.forward(a, b, weight, code, False)
+    np.testing.assert_allclose(wide(loss), rows if reduction == "none" else rows.sum(), rtol=1e-11)
+    upstream = torch.rand_like(loss)
+    expected = [g * (factor / divisor * wide(upstream))[..., None] for g in truth.grads]
+    got = kl.backward(upstream, a, b, weight, code, False, True, True)
+    for want, have in zip(expected, got, strict=True):
+        np.testing.assert_allclose(wide(have), want, rtol=1e-11, atol=1e-16)
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float16, torch.float32])
+@pytest.mark.parametrize("cols", [5, 100])
+def test_rows_of_weight_zero_do_not_count(mask_dtype: torch.dtype, cols: int) -> None:
+    a, b = (x.view(4, 6, cols) for x in logits(24, cols, 1e-2, torch.float32))
+    mask = torch.rand(4, 6) < 0.5
+    mask[0, 0] = True
+    a[~mask] = math.nan
+    b[~mask] = math.inf
+    a.requires_grad_()
+    loss = symmetric_kl(a, b, mask.to(mask_dtype), reduction="mean")
+    truth = SymmetricKL(a[mask], b[mask])
+    assert abs(loss.item() - truth.loss.mean()) <= 1e-5 * truth.loss.mean() + 2.0**-21 * truth.distance.max()
+    for upstream in (1.0, 0.5):
+        (grad,) = torch.autograd.grad(loss * upstream, a, retain_graph=True)
+        assert (grad[~mask] == 0).all()
+        truth.check_grads(grad[mask], torch.empty(0), scale=upstream / mask.sum().item())
+    rows = symmetric_kl(a, b, mask, reduction="none")
+    assert (rows[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 100), (2, 0, 3)])
+def test_no_rows(kl: type[Kernel], shape: tuple[int, ...]) -> None:
+    a = torch.empty(shape)
+    assert kl.forward(a, a, None, NONE, False).shape == shape[:-1]
+    assert kl.forward(a, a, None, SUM, False) == 0
+    assert kl.forward(a, a, None, MEAN, False).isnan()
+    eager = torch.nn.functional.kl_div(a, a, reduction="batchmean")
+    torch.testing.assert_close(kl.forward(a, a, None, BATCHMEAN, False), eager, equal_nan=True)
+    assert kl.backward(None, a, a, None, NONE, False, True, True)[0].shape == shape
+
+
+@pytest.mark.parametrize("reduction", reference.REDUCTIONS)
+@pytest.mark.parametrize("cols", [4, 70])
+def test_gradcheck(reduction: str, cols: int) -> None:
+    a, b = logits(3, cols, 0.5, torch.float64)
+    a, b, weight = a.requires_grad_(), b.requires_grad_(), torch.rand(3)
+    assert gradcheck(lambda a, b: symmetric_kl(a, b, reduction=reduction), (a, b))
+    assert gradcheck(lambda a, b: symmetric_kl(a, b, weight, reduction), (a, b))
+    assert gradcheck(lambda a: symmetric_kl(a, b.detach(), weight, reduction), (a,))
+    assert gradcheck(lambda b: symmetric_kl(a.detach(), b, weight, reduction), (b,))
+
+
+def test_detached_targets_give_the_gradient_of_the_published_loss() -> None:
+    a, b = logits(6, 5, 0.5, torch.float64)
+    a, b = a.requires_grad_(), b.requires_grad_()
+    log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+    published = torch.nn.functional.kl_div(log_p, log_q.detach().exp(), reduction="batchmean")
+    published = published + torch.nn.functional.kl_div(log_q, log_p.detach().exp(), reduction="batchmean")
+    expected = torch.autograd.grad(published, (a, b))
+    got = torch.autograd.grad(symmetric_kl(a, b, detach_targets=True), (a, b))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.25])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_second_backward_gives_the_same(reduction: str, upstream: float) -> None:
+    a, b = logits(6, 5, 0.5, torch.float32)
+    a, b = a.requires_grad_(), b.requires_grad_()
+    loss = symmetric_kl(a, b, reduction=reduction).sum() * upstream
+    first = torch.autograd.grad(loss, (a, b), retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    for grad in first:
+        grad.zero_()  # the caller's to change
+    second = torch.autograd.grad(loss, (a, b))
+    assert all(torch.equal(x, y) for x, y in zip(kept, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, (a, b))
+
+
+def test_an_input_without_gradient_costs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = logits(6, 5, 0.5, torch.float32)
+    loss, *grads = ops.symmetric_kl_forward_backward(a, b, None, SUM, False, False, True)
+    assert grads[0].numel() == 0
+    b.requires_grad_()
+    symmetric_kl(a, b).backward()
+    assert a.grad is None
+    SymmetricKL(a, b).check_grads(torch.empty(0), b.grad, scale=1 / 6)
+    assert not symmetric_kl(a, b.detach()).requires_grad
+
+
+def test_a_change_in_place_after_forward_is_noticed() -> None:
+    a, b = logits(6, 5, 0.5, torch.float32)
+    a.requires_grad_()
+    loss = symmetric_kl(a, b)
+    b.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_second_derivative_raises(reduction: str) -> None:
+    a, b = logits(6, 5, 0.5, torch.float64)
+    a, b = a.requires_grad_(), b.requires_grad_()
+    loss = symmetric_kl(a, b, reduction=reduction).sum()
+    (grad,) = torch.autograd.grad(loss, a, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        (loss + grad.square().sum()).backward()
+
+
+def test_a_loss_scale_saves_small_half_gradients() -> None:
+    a, b = logits(4096, 3, 1e-3, torch.float16)
+    a.requires_grad_()
+    (symmetric_kl(a, b) * 65536).backward()
+    SymmetricKL(a, b).check_grads(a.grad, torch.empty(0), scale=16.0)
+    assert (a.grad != 0).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("reduction", reference.REDUCTIONS)
+def test_gradient_of_one_side(reduction: str) -> None:
+    a, b = logits(6, 5, 0.5, torch.float32)
+    weight = torch.rand(6)
+    a.requires_grad_()
+    (expected,) = torch.autograd.grad(symmetric_kl(a, b, weight, reduction).sum(), a)
+    got = symmetric_kl_grad(a, b, weight, reduction)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
+    assert not got.requires_grad
+
+
+def test_module_is_the_function() -> None:
+    a, b = logits(6, 5, 0.5, torch.float32)
+    module = SymmetricKLLoss(reduction="mean", detach_targets=True)
+    assert torch.equal(module(a, b, torch.arange(6)), symmetric_kl(a, b, torch.arange(6), "mean", True))
+    assert repr(module) == "SymmetricKLLoss(reduction='mean', detach_targets=True)"
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", [NONE, BATCHMEAN])
+def test_opcheck(reduction: int, weighted: bool) -> None:
+    a, b = logits(6, 5, 0.5, torch.float32)
+    weight = torch.rand(6) if weighted else None
+    torch.library.opcheck(ops.symmetric_kl.default, (a.requires_grad_(), b, weight, reduction, False))
+    # Gradients have no derivative of their own, so they are checked on inputs that ask for none.
+    a = a.detach()
+    upstream = torch.rand(() if reduction else 6)
+    torch.library.opcheck(
+        ops.symmetric_kl_backward.default, (upstream, a, b, weight, reduction, False, True, False)
+    )
+    torch.library.opcheck(ops.symmetric_kl_forward_backward.default, (a, b, weight, reduction, True, False, True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_to_one_graph(reduction: str) -> None:
+    a, b = logits(6, 5, 0.5, torch.float32)
+    a, b, mask = a.requires_grad_(), b.requires_grad_(), torch.arange(6) % 3
+
+    def step(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return 2 * symmetric_kl(a * 1.5, b, mask, reduction).sum()
+
+    compiled = torch.compile(step, fullgraph=True)
+    expected = torch.autograd.grad(step(a, b, mask), (a, b))
+    got = torch.autograd.grad(compiled(a, b, mask), (a, b))
+    torch.testing.assert_close(compiled(a, b, mask), step(a, b, mask))
+    torch.testing.assert_close(got, expected)
+
+
+@requires_extension
+@pytest.mark.parametrize("shape", [(4096, 3), (700, 65), (9, 30522)])
+def test_same_bits_for_any_number_of_threads(shape: tuple[int, int]) -> None:
+    a, b = logits(*shape, 1e-2, torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(ops.symmetric_kl_forward_backward(a, b, None, BATCHMEAN, False, True, True))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], result, strict=True))
+
+
+@requires_extension
+@pytest.mark.skipif("SMART_KERNELS_ISA" in os.environ, reason="this run is for one instruction set already")
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_every_instruction_set(isa: str) -> None:
+    """The accuracy tests again in a process that keeps to a lower instruction set."""
+    selection = "Kernel and (accuracy or special or masked or equal or strides)"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selection],
+        env={**os.environ, "SMART_KERNELS_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout
+
+
+x = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((x, torch.zeros(2, 4)), ValueError, r"target: got shape \(2, 4\), expected that of input, \(2, 3\)"),
+        ((x, torch.zeros(3)), ValueError, "target: got shape"),
+        ((torch.zeros(()), torch.zeros(())), ValueError, r"input: got shape \(\), expected \(\.\.\., C\)"),
+        ((torch.zeros(2, 0), torch.zeros(2, 0)), ValueError, "input: got shape"),
+        ((x.long(), x), TypeError, "input: got dtype torch.int64"),
+        ((x, x.bool()), TypeError, "target: got dtype torch.bool"),
+        ((x.cfloat(), x), TypeError, "input: got dtype torch.complex64"),
+        ((x, x.double()), TypeError, "target: got dtype torch.float64 with input torch.float32"),
+        ((x.double(), x.half()), TypeError, "target: got dtype torch.float16 with input torch.float64"),
+        ((x, None), TypeError, "target: got NoneType"),
+        ((x, x.to("meta")), ValueError, "target: got device meta, expected that of input, cpu"),
+        ((x, x, None, "avg"), ValueError, "reduction: got 'avg', expected one of 'none', 'sum', 'mean', 'batchmean'"),
+        ((x, x, None, None), ValueError, "reduction: got None"),
+        ((x, x, None, []), ValueError, "reduction: got"),
+        ((x, x, None, "sum", 1), TypeError, "detach_targets: got int, expected bool"),
+        ((x, x, torch.ones(3)), ValueError, r"weight: got shape \(3,\), expected a factor per row, \(2,\)"),
+        ((x, x, torch.ones(2, 1)), ValueError, "weight: got shape"),
+        ((x, x, 1.0), TypeError, "weight: got float"),
+        ((x, x, torch.ones(2, device="meta")), ValueError, "weight: got device meta"),
+        ((x, x, torch.ones(2, dtype=torch.cfloat)), TypeError, "weight: got dtype torch.complex64"),
+        ((x, x, torch.ones(2, requires_grad=True)), ValueError, "weight: requires grad"),
+    ],
+)
+def test_bad_input(arguments: tuple[object, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        symmetric_kl(*arguments)
+    with pytest.raises(error, match=message):
+        symmetric_kl_grad(*arguments)
+
+
+def test_bad_options_of_the_module() -> None:
+    with pytest.raises(ValueError, match="reduction"):
+        SymmetricKLLoss(reduction="avg")
