@@ -25,7 +25,7 @@ def cuda_home() -> str | None:
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     if nvcc := shutil.which("nvcc"):
         report = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
-        candidates += re.findall(r"_HERE_=(.*)/bin\b", report.stderr) + [str(Path(nvcc).resolve().parent.parent)]
+        candidates += [*re.findall(r"_HERE_=(.*)/bin\b", report.stderr), str(Path(nvcc).resolve().parent.parent)]
     candidates.append("/usr/local/cuda")
     return next((c for c in candidates if c and Path(c, "include/cuda_runtime.h").is_file()), None)
 
@@ -37,23 +37,25 @@ def extensions() -> tuple[list, dict]:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    if missing := [why for why, ok in (("a CUDA toolkit", home), ("a CUDA build of torch", torch.version.cuda)) if not ok]:
-        print(f"smart_kernels: no CUDA kernels, for want of {' and '.join(missing)}", file=sys.stderr)
-        if REQUESTED == "cuda":
-            sys.exit(f"SMART_KERNELS_BUILD=cuda needs {' and '.join(missing)}")
-    stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    needs = {"a CUDA toolkit": home, "a CUDA build of torch": torch.version.cuda}
+    missing = " and ".join(need for need, met in needs.items() if not met)
+    if missing and REQUESTED == "cuda":
+        sys.exit(f"SMART_KERNELS_BUILD=cuda needs {missing}")
+    if missing:
+        print(f"smart_kernels: no CUDA kernels, for want of {missing}", file=sys.stderr)
+
     common = {"include_dirs": [str(Path("csrc").resolve())], "py_limited_api": True}
-    cxx = ["-O3", "-std=c++20", "-fno-math-errno", "-Wno-psabi", "-Wno-maybe-uninitialized", "-fvisibility=hidden", *stable]
-    modules = [
-        CppExtension("smart_kernels._C", ["csrc/ops.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
-                     extra_compile_args=cxx, **common)
-    ]
+    both = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    # GCC's own intrinsics trip -Wmaybe-uninitialized; vector types never cross a binary interface here (-Wno-psabi)
+    cxx = [*both, "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+    sources = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
+    modules = [CppExtension("smart_kernels._C", ["csrc/ops.cpp", *sources], extra_compile_args=cxx, **common)]
     if REQUESTED != "cpu" and not missing:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
+        sources = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
+        flags = {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": [*both, "-DUSE_CUDA"]}
         modules.append(
-            CUDAExtension("smart_kernels._C_cuda", ["csrc/cuda/ops.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))],
-                          extra_compile_args={"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": ["-O3", "-std=c++20", *stable, "-DUSE_CUDA"]},
-                          **common)
+            CUDAExtension("smart_kernels._C_cuda", ["csrc/cuda/ops.cpp", *sources], extra_compile_args=flags, **common)
         )
     return modules, {"build_ext": BuildExtension}
 

@@ -23,9 +23,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def symmetric_kl(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, detach_targets: bool
-) -> Tensor:
+def symmetric_kl(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, detach_targets: bool) -> Tensor:
     """KL(p||q) + KL(q||p) of p = softmax(input), q = softmax(target), reduced."""
     loss = _symmetric_kl_rows(input, target)[0]
     if weight is not None:

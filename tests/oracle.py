@@ -61,7 +61,8 @@ class SymmetricKL:
     def check_grads(self, *grads: torch.Tensor, scale: float = 1.0, detach_targets: bool = False) -> None:
         """Both gradients (an empty one is passed over) of the rows' losses times ``scale``."""
         truths = self.detached if detach_targets else self.grads
-        for name, grad, truth, terms, dtype in zip(("input", "target"), grads, truths, self.terms, self.dtypes, strict=True):
+        sides = zip(("input", "target"), grads, truths, self.terms, self.dtypes, strict=True)
+        for name, grad, truth, terms, dtype in sides:
             if not grad.numel() and truth.size:
                 continue
             assert grad.dtype == dtype

@@ -64,7 +64,7 @@ def symmetric_kl(
         and input.device.type == "cpu"
         and not torch.compiler.is_compiling()
     ):
-        return _Fused.apply(input, target, weight, code, detach_targets)  # type: ignore[no-any-return]
+        return _Fused.apply(input, target, weight, code, detach_targets)  # type: ignore[no-any-return, no-untyped-call]
     return _forward(input, target, weight, code, detach_targets)  # type: ignore[no-any-return]
 
 
@@ -141,9 +141,7 @@ def _check_options(reduction: str, detach_targets: bool) -> None:
         raise TypeError(f"detach_targets: got {type(detach_targets).__name__}, expected bool")
 
 
-def _check(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, detach_targets: bool
-) -> Tensor | None:
+def _check(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, detach_targets: bool) -> Tensor | None:
     """Check all arguments; the weight comes back contiguous in the dtype of the arithmetic."""
     _check_options(reduction, detach_targets)
     for name, value in (("input", input), ("target", target)):
@@ -152,7 +150,9 @@ def _check(
         if value.dtype not in _NARROW and value.dtype != torch.float64:
             raise TypeError(f"{name}: got dtype {value.dtype}, expected float16, bfloat16, float32 or float64")
     if input.dtype != target.dtype and torch.float64 in (input.dtype, target.dtype):
-        raise TypeError(f"target: got dtype {target.dtype} with input {input.dtype}, expected float64 for both or neither")
+        raise TypeError(
+            f"target: got dtype {target.dtype} with input {input.dtype}, expected float64 for both or neither"
+        )
     if input.dim() == 0 or input.size(-1) == 0:
         raise ValueError(f"input: got shape {tuple(input.shape)}, expected (..., C) with C >= 1")
     if input.shape != target.shape:
@@ -166,7 +166,9 @@ def _check(
     if weight.dtype.is_complex:
         raise TypeError(f"weight: got dtype {weight.dtype}, expected a real one")
     if weight.shape != input.shape[:-1]:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected a factor per row, {tuple(input.shape[:-1])}")
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, expected a factor per row, {tuple(input.shape[:-1])}"
+        )
     if weight.device != input.device:
         raise ValueError(f"weight: got device {weight.device}, expected that of input, {input.device}")
     if weight.requires_grad:
@@ -174,9 +176,7 @@ def _check(
     return weight.to(reference.compute_dtype(input)).contiguous()
 
 
-def _forward_fake(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, detach_targets: bool
-) -> Tensor:
+def _forward_fake(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, detach_targets: bool) -> Tensor:
     return input.new_empty((() if reduction else input.shape[:-1]), dtype=reference.compute_dtype(input))
 
 
@@ -206,9 +206,7 @@ def _forward_backward_fake(
     target_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = _forward_fake(input, target, weight, reduction, detach_targets)
-    return loss, *_backward_fake(
-        None, input, target, weight, reduction, detach_targets, input_grad, target_grad
-    )
+    return loss, *_backward_fake(None, input, target, weight, reduction, detach_targets, input_grad, target_grad)
 
 
 _LOGITS = "Tensor input, Tensor target, Tensor? weight, int reduction, bool detach_targets"
@@ -243,9 +241,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input_grad, target_grad = ctx.needs_input_grad[:2]
-    grads = _backward(
-        grad_output, *ctx.saved_tensors, ctx.reduction, ctx.detach_targets, input_grad, target_grad
-    )
+    grads = _backward(grad_output, *ctx.saved_tensors, ctx.reduction, ctx.detach_targets, input_grad, target_grad)
     return grads[0] if input_grad else None, grads[1] if target_grad else None, None, None, None
 
 
