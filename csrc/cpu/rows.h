@@ -43,6 +43,9 @@ class Rows {
     return data_ + (offset + index * dims_[0].stride) * itemsize_;
   }
 
+  // Whether the rows follow each other with no gap, each without one
+  bool contiguous() const { return column_stride_ == 1 && dims_.size() == 1 && (rows_ == 1 || dims_[0].stride == cols_); }
+
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
   int64_t column_stride() const { return column_stride_; }

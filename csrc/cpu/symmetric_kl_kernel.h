@@ -23,7 +23,7 @@ template <typename T>
 constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
 // Sums run in vectors of T over so many elements and then in double, so that a long row costs no digits.
 constexpr int64_t kSegment = 4096;
-constexpr int64_t kMaxTransposed = 64;
+constexpr int64_t kMaxTransposed = 128;
 
 // f(checked, j, n) over the columns [begin, end): full vectors, then a remainder of n lanes, which is checked;
 // with `masked` all are. A checked vector may hold absent classes: -inf on both sides.
@@ -36,6 +36,12 @@ SK_INLINE void for_columns(int64_t begin, int64_t end, bool masked, F&& f) {
   else
     for (; j + N <= end; j += N) f(std::false_type{}, j, N);
   if (j < end) f(std::true_type{}, j, static_cast<int>(end - j));
+}
+
+// The first n lanes, all of them written as one
+template <typename T>
+SK_INLINE void put(T* p, Vec<T> x, int n) {
+  n == kLanes<T> ? store(p, x) : store_n(p, x, n);
 }
 
 template <typename T>
@@ -111,15 +117,15 @@ Kind classify(const T* a, const T* b, int64_t cols) {
 // Everything about a row that its gradients need beside the logits.
 template <typename T>
 struct RowState {
-  T max_a, inv_a;  // p = exp(a - max_a) inv_a
-  T max_b, inv_b;  // q = exp(b - max_b) inv_b
-  T centre, s;     // t = (a - b - centre) - s
+  T inv_a, inv_b;  // p = exp(a - max_a) inv_a, q = exp(b - max_b) inv_b
+  T centre, s;  // t = (a - b - centre) - s
   T kl_pq, kl_qp;
 };
 
-// The sums over a row, from which its state follows.
+// The sums over a row, from which its state follows. The exponentials are kept for `finish`.
 template <typename T, bool near>
-RowState<T> gather(const T* a, const T* b, int64_t cols, bool masked, const Survey<T>& at) {
+RowState<T> gather(
+    const T* a, const T* b, int64_t cols, bool masked, const Survey<T>& at, T* exp_a, T* exp_b) {
   double sum_a = 0, sum_b = 0, drift = 0, p_d = 0, q_d = 0;
   for (int64_t begin = 0; begin < cols; begin += kSegment) {
     Vec<T> va{}, vb{}, vdrift{}, vp{}, vq{};
@@ -128,6 +134,7 @@ RowState<T> gather(const T* a, const T* b, int64_t cols, bool masked, const Surv
       Vec<T> d = x.d - at.centre;
       if constexpr (checked) d = x.absent ? Vec<T>{} : d;
       const Vec<T> w = exp_nonpositive<T>(x.b - at.max_b);
+      put(exp_b + j, w, n);
       vb += w;
       vq += w * d;
       if constexpr (near) {
@@ -136,6 +143,7 @@ RowState<T> gather(const T* a, const T* b, int64_t cols, bool masked, const Surv
         vp += change * d;
       } else {
         const Vec<T> v = exp_nonpositive<T>(x.a - at.max_a);
+        put(exp_a + j, v, n);
         va += v;
         vp += v * d;
       }
@@ -156,14 +164,15 @@ RowState<T> gather(const T* a, const T* b, int64_t cols, bool masked, const Surv
     p_d /= sum_a;
   }
   q_d /= sum_b;
-  return {at.max_a, T(1 / sum_a), at.max_b, T(1 / sum_b), at.centre, T(s), T(p_d - s), T(s - q_d)};
+  return {T(1 / sum_a), T(1 / sum_b), at.centre, T(s), T(p_d - s), T(s - q_d)};
 }
 
-// How a row is asked for: the factor on its gradients, and where they go (null: not wanted).
+// How a row is asked for: the factor on its gradients, and which are wanted. Either way there is room for both, where
+// the exponentials wait.
 template <typename T>
 struct Wanted {
   T scale;
-  bool detach;
+  bool detach, input_grad, target_grad;
   T *grad_a, *grad_b;
 };
 
@@ -180,24 +189,20 @@ T finish(const T* a, const T* b, int64_t cols, bool masked, const RowState<T>& r
       Vec<T> d = x.d - row.centre;
       if constexpr (checked) d = x.absent ? Vec<T>{} : d;
       const Vec<T> t = d - row.s;
-      const Vec<T> q = exp_nonpositive<T>(x.b - row.max_b) * row.inv_b;
+      const Vec<T> q = load_n(want.grad_b + j, n, T(0)) * row.inv_b;
       Vec<T> p, difference;
       if constexpr (near) {
         difference = q * (expm1_small<T>(d) * ratio + offset);  // expm1(d - s)
         p = q + difference;
       } else {
-        p = exp_nonpositive<T>(x.a - row.max_a) * row.inv_a;
+        p = load_n(want.grad_a + j, n, T(0)) * row.inv_a;
         difference = vabs<T>(t) <= kNear<T> ? q * expm1_small<T>(t) : p - q;
       }
       vloss += difference * t;
-      if (want.grad_a) {
-        const Vec<T> grad = (p * (t - row.kl_pq) * own + difference) * want.scale;
-        n == kLanes<T> ? store(want.grad_a + j, grad) : store_n(want.grad_a + j, grad, n);
-      }
-      if (want.grad_b) {
-        const Vec<T> grad = (q * (t + row.kl_qp) * own + difference) * -want.scale;
-        n == kLanes<T> ? store(want.grad_b + j, grad) : store_n(want.grad_b + j, grad, n);
-      }
+      if (want.input_grad)
+        put(want.grad_a + j, (p * (t - row.kl_pq) * own + difference) * want.scale, n);
+      if (want.target_grad)
+        put(want.grad_b + j, (q * (t + row.kl_qp) * own + difference) * -want.scale, n);
     });
     loss += reduce_add<T>(vloss);
   }
@@ -212,16 +217,18 @@ T long_row(const T* a, const T* b, int64_t cols, const Wanted<T>& want) {
   if (!at.finite) {
     const Kind kind = classify(a, b, cols);
     if (kind == Kind::infinite || kind == Kind::undefined) {
-      if (want.grad_a) std::fill_n(want.grad_a, cols, kNan<T>);
-      if (want.grad_b) std::fill_n(want.grad_b, cols, kNan<T>);
+      std::fill_n(want.grad_a, cols, kNan<T>);
+      std::fill_n(want.grad_b, cols, kNan<T>);
       return kind == Kind::infinite ? kInf<T> : kNan<T>;
     }
     masked = kind == Kind::masked;
     at = survey(a, b, cols, masked);
   }
-  if (at.spread <= kNear<T>)
-    return finish<T, true>(a, b, cols, masked, gather<T, true>(a, b, cols, masked, at), want);
-  return finish<T, false>(a, b, cols, masked, gather<T, false>(a, b, cols, masked, at), want);
+  const auto row = [&](auto near) {
+    return finish<T, near>(
+        a, b, cols, masked, gather<T, near>(a, b, cols, masked, at, want.grad_a, want.grad_b), want);
+  };
+  return at.spread <= kNear<T> ? row(std::true_type{}) : row(std::false_type{});
 }
 
 // kLanes rows at once, turned: vector j holds class j of each. The gradients take the place of a and b.
@@ -240,16 +247,16 @@ Vec<T> short_rows(Vec<T>* a, Vec<T>* b, int cols, Vec<T> scale, bool detach) {
   undefined |= (max_a == -kInf<T>) | (max_b == -kInf<T>);
 
   Vec<T> sum_a{}, sum_b{}, drift{}, spread{};
-  Vec<T> d[kMaxTransposed];
+  Vec<T> t[kMaxTransposed], difference[kMaxTransposed];
   for (int j = 0; j < cols; ++j) {
     const Mask<T> absent = (a[j] == -kInf<T>) & (b[j] == -kInf<T>);
-    d[j] = absent ? Vec<T>{} : a[j] - b[j] - centre;
-    spread = vmax(vabs<T>(d[j]), spread);
+    t[j] = absent ? Vec<T>{} : a[j] - b[j] - centre;  // d, as yet
+    spread = vmax(vabs<T>(t[j]), spread);
     a[j] = exp_nonpositive<T>(a[j] - max_a);
     b[j] = exp_nonpositive<T>(b[j] - max_b);
     sum_a += a[j];
     sum_b += b[j];
-    drift += b[j] * expm1_small<T>(d[j]);
+    drift += b[j] * expm1_small<T>(t[j]);
   }
   const Vec<T> s = spread <= kNear<T> ? log1p<T>(drift / sum_b)
                                       : log_positive<T>(sum_a / sum_b) + (max_a - max_b - centre);
@@ -257,31 +264,55 @@ Vec<T> short_rows(Vec<T>* a, Vec<T>* b, int cols, Vec<T> scale, bool detach) {
 
   Vec<T> loss{}, kl_pq{}, kl_qp{};
   for (int j = 0; j < cols; ++j) {
-    const Vec<T> q = b[j] * inv_b, t = d[j] - s;
-    Vec<T> p = a[j] * inv_a;
-    const Mask<T> close = vabs<T>(t) <= kNear<T>;
-    const Vec<T> difference = close ? q * expm1_small<T>(t) : p - q;
-    p = close ? q + difference : p;
-    loss += difference * t;
-    kl_pq += p * t;
-    kl_qp -= q * t;
-    a[j] = p;
+    t[j] -= s;
+    const Mask<T> close = vabs<T>(t[j]) <= kNear<T>;
+    const Vec<T> q = b[j] * inv_b, p = a[j] * inv_a;
+    difference[j] = close ? q * expm1_small<T>(t[j]) : p - q;
+    a[j] = close ? q + difference[j] : p;
     b[j] = q;
-    d[j] = t;
+    loss += difference[j] * t[j];
+    kl_pq += a[j] * t[j];
+    kl_qp -= q * t[j];
   }
   loss = undefined ? set1(kNan<T>) : infinite ? set1(kInf<T>) : loss;
   scale = undefined | infinite ? set1(kNan<T>) : scale;
   const T own = detach ? T(0) : T(1);
   for (int j = 0; j < cols; ++j) {
-    const Vec<T> p = a[j], q = b[j], t = d[j];
-    const Vec<T> difference = vabs<T>(t) <= kNear<T> ? q * expm1_small<T>(t) : p - q;
-    a[j] = (p * (t - kl_pq) * own + difference) * scale;
-    b[j] = (q * (t + kl_qp) * own + difference) * -scale;
+    a[j] = (a[j] * (t[j] - kl_pq) * own + difference[j]) * scale;
+    b[j] = (b[j] * (t[j] + kl_qp) * own + difference[j]) * -scale;
   }
   return loss;
 }
 
-// A row of any dtype and stride, in contiguous T.
+// Some rows in memory, side by side, to vectors of one class each, and back.
+template <typename T>
+void turn_in(const T* rows, int count, int cols, Vec<T>* out) {
+  constexpr int N = kLanes<T>;
+  int j = 0;
+  if (count == N)
+    for (; j + N <= cols; j += N) {
+      for (int i = 0; i < N; ++i) out[j + i] = load(rows + i * cols + j);
+      transpose<T>(out + j);
+    }
+  T* const lanes = reinterpret_cast<T*>(out);
+  for (int i = 0; i < count; ++i)
+    for (int k = j; k < cols; ++k) lanes[k * N + i] = rows[i * cols + k];
+}
+template <typename T>
+void turn_out(Vec<T>* x, int count, int cols, T* rows) {
+  constexpr int N = kLanes<T>;
+  int j = 0;
+  if (count == N)
+    for (; j + N <= cols; j += N) {
+      transpose<T>(x + j);
+      for (int i = 0; i < N; ++i) store(rows + i * cols + j, x[j + i]);
+    }
+  const T* const lanes = reinterpret_cast<const T*>(x);
+  for (int i = 0; i < count; ++i)
+    for (int k = j; k < cols; ++k) rows[i * cols + k] = lanes[k * N + i];
+}
+
+// `cols` values of any dtype and stride in contiguous T, and back.
 template <typename T, typename S>
 void widen(const S* x, int64_t stride, int64_t cols, T* out) {
   constexpr int N = kLanes<T>;
@@ -293,7 +324,6 @@ void widen(const S* x, int64_t stride, int64_t cols, T* out) {
     for (; j < cols; ++j) out[j] = load_some(x + j * stride, 1)[0];
   }
 }
-
 template <typename T, typename S>
 void narrow(const T* x, int64_t cols, S* out) {
   constexpr int N = kLanes<T>;
@@ -303,104 +333,106 @@ void narrow(const T* x, int64_t cols, S* out) {
 }
 
 template <typename T>
-const T* contiguous_row(const Rows& x, int64_t row, T* scratch) {
-  const void* p = x.row(row);
-  const auto any = [&](auto tag) { widen(static_cast<const decltype(tag)*>(p), x.column_stride(), x.cols(), scratch); };
-  if constexpr (std::is_same_v<T, double>) {
-    if (x.column_stride() == 1) return static_cast<const T*>(p);
-    any(double{});
-  } else {
-    if (x.dtype() == ScalarType::Float && x.column_stride() == 1) return static_cast<const T*>(p);
-    x.dtype() == ScalarType::Float ? any(float{}) : x.dtype() == ScalarType::Half ? any(fp16{}) : any(bf16{});
+constexpr ScalarType kDtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
+// `count` rows in contiguous T: where they lie if they are that already, else in scratch.
+template <typename T>
+const T* rows_in(const Rows& x, int64_t first, int64_t count, T* scratch) {
+  const bool together = count == 1 || x.contiguous();
+  if (x.dtype() == kDtype<T> && x.column_stride() == 1 && together) return static_cast<const T*>(x.row(first));
+  const int64_t steps = together ? 1 : count, length = together ? count * x.cols() : x.cols();
+  for (int64_t i = 0; i < steps; ++i) {
+    const void* from = x.row(first + i);
+    T* to = scratch + i * length;
+    if (x.dtype() == kDtype<T>) widen(static_cast<const T*>(from), x.column_stride(), length, to);
+    else if constexpr (std::is_same_v<T, float>) {
+      if (x.dtype() == ScalarType::Half) widen(static_cast<const fp16*>(from), x.column_stride(), length, to);
+      else widen(static_cast<const bf16*>(from), x.column_stride(), length, to);
+    }
   }
   return scratch;
 }
 
-// Where a gradient row is computed: in place if it is held in T, else in scratch, from where it is rounded once.
+// Where gradients are computed: in place if they are wanted in T, else in scratch, from where they are rounded once.
 template <typename T>
-struct GradRow {
-  GradRow(void* data, ScalarType dtype, int64_t row, int64_t cols, T* scratch)
-      : data_(static_cast<char*>(data)), dtype_(dtype), first_(row * cols), cols_(cols) {
-    if (!data) at = nullptr;
-    else if (direct()) at = reinterpret_cast<T*>(data) + first_;
-    else at = scratch;
-  }
-  void write(int64_t count) const {
-    if (!at || direct()) return;
+struct Gradient {
+  char* data;  // of the whole contiguous gradient, null if it is not wanted
+  ScalarType dtype;
+
+  bool direct() const { return data && dtype == kDtype<T>; }
+  T* at(int64_t offset, T* scratch) const { return direct() ? reinterpret_cast<T*>(data) + offset : scratch; }
+  void round(const T* computed, int64_t offset, int64_t count) const {
+    if (!data || direct()) return;
     if constexpr (std::is_same_v<T, float>) {
-      if (dtype_ == ScalarType::Half) narrow(at, count, reinterpret_cast<fp16*>(data_) + first_);
-      else narrow(at, count, reinterpret_cast<bf16*>(data_) + first_);
+      if (dtype == ScalarType::Half) narrow(computed, count, reinterpret_cast<fp16*>(data) + offset);
+      else narrow(computed, count, reinterpret_cast<bf16*>(data) + offset);
     }
   }
-  bool direct() const { return dtype_ == ScalarType::Float || dtype_ == ScalarType::Double; }
-  T* at;
-
- private:
-  char* data_;
-  ScalarType dtype_;
-  int64_t first_, cols_;
 };
 
 template <typename T>
 void run_rows(const SymmetricKLJob& job, int64_t begin, int64_t end) {
-  const int64_t cols = job.a.cols();
   constexpr int N = kLanes<T>;
-  const auto factor = [&](int64_t row) {
-    double f = job.scale;
-    if (job.weight) f *= static_cast<const T*>(job.weight)[row];
-    if (job.upstream) f *= static_cast<const T*>(job.upstream)[job.upstream_rows ? row : 0];
-    return T(f);
-  };
-  const auto counts = [&](int64_t row) { return !job.weight || static_cast<const T*>(job.weight)[row] != T(0); };
+  const int64_t cols = job.a.cols();
+  const T* const weight = static_cast<const T*>(job.weight);
+  const T* const upstream = static_cast<const T*>(job.upstream);
   T* const losses = static_cast<T*>(job.losses);
+  const Gradient<T> grad_a{static_cast<char*>(job.grad_a), job.a.dtype()};
+  const Gradient<T> grad_b{static_cast<char*>(job.grad_b), job.b.dtype()};
+  const T* const row_upstream = job.upstream_rows ? upstream : nullptr;
+  const T common = T(job.scale * (upstream && !row_upstream ? upstream[0] : T(1)));
 
   if (cols <= kMaxTransposed) {
     Vec<T> a[kMaxTransposed], b[kMaxTransposed];
-    T row_buffer[kMaxTransposed];
+    T scratch[kMaxTransposed * N];
+    std::memset(a, 0, cols * sizeof *a);  // lanes that never hold a row hold numbers
+    std::memset(b, 0, cols * sizeof *b);
     for (int64_t first = begin; first < end; first += N) {
       const int count = int(std::min<int64_t>(N, end - first));
-      Vec<T> scale{};
-      for (int64_t j = 0; j < cols; ++j) a[j] = b[j] = Vec<T>{};
-      for (int i = 0; i < count; ++i) {
-        if (!counts(first + i)) continue;  // stays at equal logits: loss and gradients 0
-        scale[i] = factor(first + i);
-        const T* row = contiguous_row(job.a, first + i, row_buffer);
-        for (int64_t j = 0; j < cols; ++j) a[j][i] = row[j];
-        row = contiguous_row(job.b, first + i, row_buffer);
-        for (int64_t j = 0; j < cols; ++j) b[j][i] = row[j];
+      turn_in(rows_in(job.a, first, count, scratch), count, int(cols), a);
+      turn_in(rows_in(job.b, first, count, scratch), count, int(cols), b);
+      Vec<T> scale = set1(common);
+      if (row_upstream) scale *= load_n(row_upstream + first, count, T(0));
+      if (weight) {
+        const Vec<T> factor = load_n(weight + first, count, T(1));
+        scale *= factor;
+        for (int64_t j = 0; j < cols; ++j) {  // without weight: as if the logits were equal
+          a[j] = factor == Vec<T>{} ? Vec<T>{} : a[j];
+          b[j] = factor == Vec<T>{} ? Vec<T>{} : b[j];
+        }
       }
       const Vec<T> loss = short_rows<T>(a, b, int(cols), scale, job.detach_targets);
       if (losses) store_n(losses + first, loss, count);
-      for (int i = 0; i < count; ++i) {
-        const GradRow<T> grad_a(job.grad_a, job.a.dtype(), first + i, cols, row_buffer);
-        if (grad_a.at)
-          for (int64_t j = 0; j < cols; ++j) grad_a.at[j] = a[j][i];
-        grad_a.write(cols);
-        const GradRow<T> grad_b(job.grad_b, job.b.dtype(), first + i, cols, row_buffer);
-        if (grad_b.at)
-          for (int64_t j = 0; j < cols; ++j) grad_b.at[j] = b[j][i];
-        grad_b.write(cols);
-      }
+      const auto write = [&](const Gradient<T>& grad, Vec<T>* x) {
+        if (!grad.data) return;
+        T* const rows = grad.at(first * cols, scratch);
+        turn_out(x, count, int(cols), rows);
+        grad.round(rows, first * cols, count * cols);
+      };
+      write(grad_a, a);
+      write(grad_b, b);
     }
     return;
   }
 
   const std::unique_ptr<T[]> scratch(new T[4 * cols]);
-  for (int64_t i = begin; i < end; ++i) {
-    const GradRow<T> grad_a(job.grad_a, job.a.dtype(), i, cols, scratch.get() + 2 * cols);
-    const GradRow<T> grad_b(job.grad_b, job.b.dtype(), i, cols, scratch.get() + 3 * cols);
+  for (int64_t row = begin; row < end; ++row) {
+    T* const at_a = grad_a.at(row * cols, scratch.get() + 2 * cols);
+    T* const at_b = grad_b.at(row * cols, scratch.get() + 3 * cols);
     T loss = 0;
-    if (counts(i)) {
-      const T* a = contiguous_row(job.a, i, scratch.get());
-      const T* b = contiguous_row(job.b, i, scratch.get() + cols);
-      loss = long_row<T>(a, b, cols, {factor(i), job.detach_targets, grad_a.at, grad_b.at});
+    if (!weight || weight[row] != T(0)) {
+      const T* const a = rows_in(job.a, row, 1, scratch.get());
+      const T* const b = rows_in(job.b, row, 1, scratch.get() + cols);
+      const T scale = common * (row_upstream ? row_upstream[row] : T(1)) * (weight ? weight[row] : T(1));
+      loss = long_row<T>(
+          a, b, cols, {scale, job.detach_targets, grad_a.data != nullptr, grad_b.data != nullptr, at_a, at_b});
     } else {
-      if (grad_a.at) std::fill_n(grad_a.at, cols, T(0));
-      if (grad_b.at) std::fill_n(grad_b.at, cols, T(0));
+      std::fill_n(at_a, cols, T(0));
+      std::fill_n(at_b, cols, T(0));
     }
-    grad_a.write(cols);
-    grad_b.write(cols);
-    if (losses) losses[i] = loss;
+    grad_a.round(at_a, row * cols, cols);
+    grad_b.round(at_b, row * cols, cols);
+    if (losses) losses[row] = loss;
   }
 }
 

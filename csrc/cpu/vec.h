@@ -157,6 +157,30 @@ SK_INLINE bool any(Mask<T> m) {
   return bits != 0;
 }
 
+// The lanes of x[i] and x[i + step] whose place has that bit are exchanged crosswise: one stage of a transposition.
+template <typename T, int step, bool upper, size_t... lane>
+SK_INLINE Vec<T> cross(Vec<T> x, Vec<T> y, std::index_sequence<lane...>) {
+  // upper: from x its lanes with the bit set, then y's; lower: x's without it, then y's
+  return __builtin_shufflevector(
+      x, y,
+      (upper ? ((lane & step) ? int(lane) + kLanes<T> : int(lane) + step)
+             : ((lane & step) ? int(lane) - step + kLanes<T> : int(lane)))...);
+}
+template <typename T, int step = 1>
+SK_INLINE void transpose(Vec<T>* x) {
+  if constexpr (step < kLanes<T>) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kLanes<T>; ++i)
+      if (!(i & step)) {
+        constexpr auto lanes = std::make_index_sequence<kLanes<T>>();
+        const Vec<T> lower = cross<T, step, false>(x[i], x[i + step], lanes);
+        x[i + step] = cross<T, step, true>(x[i], x[i + step], lanes);
+        x[i] = lower;
+      }
+    transpose<T, 2 * step>(x);
+  }
+}
+
 // exp(x) - 1 = x + x^2 P(x) for |x| <= 0.5; minimax, relative error 3e-9 (float) and 4e-19 (double) before rounding.
 template <typename T>
 SK_INLINE Vec<T> expm1_small(Vec<T> x) {
