@@ -1,0 +1,39 @@
+"""The examples that stand in docstrings and in the README run, and give what they say."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+import smart_kernels
+from smart_kernels import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+PUBLIC = [getattr(smart_kernels, name) for name in smart_kernels.__all__]
+
+
+@pytest.mark.parametrize("item", [*PUBLIC, environment.kernels], ids=lambda item: item.__name__)
+def test_docstring_example(item: object) -> None:
+    (found,) = [test for test in doctest.DocTestFinder(recurse=False).find(item) if test.examples]
+    report: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(found, out=report.append)
+    assert result.attempted
+    assert not result.failed, "".join(report)
+
+
+def test_every_public_argument_is_documented() -> None:
+    for item in PUBLIC:
+        code = item.__init__.__code__ if isinstance(item, type) else item.__code__
+        names = code.co_varnames[int(isinstance(item, type)) : code.co_argcount + code.co_kwonlyargcount]
+        for name in names:
+            assert re.search(rf"^\s+{name}: ", item.__doc__, re.MULTILINE), f"{item.__name__}: {name}"
+
+
+def test_readme_python_blocks_run() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
