@@ -68,6 +68,13 @@ def symmetric_kl_backward(
     )
 
 
+def symmetric_kl_grad(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, detach_targets: bool
+) -> Tensor:
+    """The gradient of `symmetric_kl` with respect to `input`."""
+    return symmetric_kl_backward(None, input, target, weight, reduction, detach_targets, True, False)[0]
+
+
 def symmetric_kl_forward_backward(
     input: Tensor,
     target: Tensor,

@@ -2,9 +2,9 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
-#include <vector>
 
 namespace smart_kernels {
 
@@ -26,17 +26,19 @@ class Rows {
       rows_ *= sizes[d];
       if (sizes[d] == 1) continue;
       // dimensions that follow each other in memory are one
-      if (!dims_.empty() && dims_.back().stride == strides[d] * sizes[d])
-        dims_.back() = {dims_.back().size * sizes[d], strides[d]};
-      else
-        dims_.push_back({sizes[d], strides[d]});
+      if (count_ && dims_[count_ - 1].stride == strides[d] * sizes[d]) {
+        dims_[count_ - 1] = {dims_[count_ - 1].size * sizes[d], strides[d]};
+      } else {
+        STD_TORCH_CHECK(count_ < kMaxDims, "smart_kernels: tensors of more than ", kMaxDims, " dimensions");
+        dims_[count_++] = {sizes[d], strides[d]};
+      }
     }
-    if (dims_.empty()) dims_.push_back({1, 0});
+    if (!count_) dims_[count_++] = {1, 0};
   }
 
   const void* row(int64_t index) const {
     int64_t offset = 0;
-    for (size_t d = dims_.size(); --d > 0;) {
+    for (int d = count_; --d > 0;) {
       offset += index % dims_[d].size * dims_[d].stride;
       index /= dims_[d].size;
     }
@@ -44,7 +46,7 @@ class Rows {
   }
 
   // Whether the rows follow each other with no gap, each without one
-  bool contiguous() const { return column_stride_ == 1 && dims_.size() == 1 && (rows_ == 1 || dims_[0].stride == cols_); }
+  bool contiguous() const { return column_stride_ == 1 && count_ == 1 && (rows_ == 1 || dims_[0].stride == cols_); }
 
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
@@ -59,7 +61,9 @@ class Rows {
   ScalarType dtype_;
   int64_t itemsize_;
   int64_t rows_ = 1, cols_ = 1, column_stride_ = 1;
-  std::vector<Dim> dims_;
+  static constexpr int kMaxDims = 16;
+  Dim dims_[kMaxDims];
+  int count_ = 0;
 };
 
 }  // namespace smart_kernels

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -17,8 +18,9 @@ namespace smart_kernels {
 namespace {
 
 enum Reduction : int64_t { kNone, kSum, kMean, kBatchMean };  // as numbered in reference.py
-constexpr int64_t kGrain = 16384;  // elements that are worth a thread of their own
+constexpr int64_t kGrain = 4096;  // elements that are worth a thread of their own
 constexpr int64_t kLaneRows = 16;  // rows done at once where they are short
+constexpr int64_t kFewRows = 256;
 
 using Weight = std::optional<Tensor>;
 
@@ -28,8 +30,23 @@ ScalarType compute_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-double entry(const void* x, ScalarType dtype, int64_t i) {
-  return dtype == ScalarType::Double ? static_cast<const double*>(x)[i] : static_cast<const float*>(x)[i];
+// The sum of x_i (w_i) in double, in an order that no number of threads changes
+template <typename T>
+double sum_of(const void* x, const void* w, int64_t n) {
+  const T *const values = static_cast<const T*>(x), *const factors = static_cast<const T*>(w);
+  double partial[8] = {};
+  for (int64_t i = 0; i < n; ++i) partial[i % 8] += factors ? double(values[i]) * factors[i] : values[i];
+  double sum = 0;
+  for (double p : partial) sum += p;
+  return sum;
+}
+double sum_of(ScalarType dtype, const void* x, const void* w, int64_t n) {
+  return dtype == ScalarType::Double ? sum_of<double>(x, w, n) : sum_of<float>(x, w, n);
+}
+
+template <typename T>
+void scale_by(void* x, const void* w, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) static_cast<T*>(x)[i] *= static_cast<const T*>(w)[i];
 }
 
 // What the sum over rows is multiplied by: 1 / size(0), or 1 / the sum of weights
@@ -37,9 +54,7 @@ double normaliser(const Tensor& input, const Weight& weight, int64_t rows, int64
   if (reduction == kBatchMean) return 1.0 / static_cast<double>(input.size(0));
   if (reduction != kMean) return 1.0;
   if (!weight) return 1.0 / static_cast<double>(rows);
-  double total = 0;
-  for (int64_t i = 0; i < rows; ++i) total += entry(weight->const_data_ptr(), weight->scalar_type(), i);
-  return 1.0 / total;
+  return 1.0 / sum_of(weight->scalar_type(), weight->const_data_ptr(), nullptr, rows);
 }
 
 SymmetricKLJob make_job(const Tensor& input, const Tensor& target, const Weight& weight, int64_t reduction, bool detach) {
@@ -74,26 +89,23 @@ void run(const SymmetricKLJob& job) {
 Tensor run_with_loss(SymmetricKLJob& job, const Tensor& input, const Weight& weight, int64_t reduction) {
   const ScalarType dtype = compute_dtype(input);
   const int64_t rows = job.a.rows();
-  Tensor losses = reduction == kNone ? empty_cpu(input.sizes().data(), input.dim() - 1, dtype) : empty_cpu({rows}, dtype);
-  job.losses = losses.mutable_data_ptr();
+  alignas(double) char few[kFewRows * sizeof(double)];  // no allocation where a batch is small
+  const bool keep = reduction == kNone || rows > kFewRows;
+  const int64_t count[] = {rows};
+  std::optional<Tensor> losses;
+  if (keep)
+    losses = reduction == kNone ? empty_cpu(input.sizes().data(), input.dim() - 1, dtype) : empty_cpu(count, 1, dtype);
+  job.losses = losses ? losses->mutable_data_ptr() : few;
   run(job);
-  const auto weighted = [&](int64_t i) {  // a row of weight 0 has loss 0
-    const double loss = entry(job.losses, dtype, i);
-    return job.weight ? loss * entry(job.weight, dtype, i) : loss;
-  };
-  const auto put = [&](void* out, int64_t i, double x) {
-    if (dtype == ScalarType::Double) static_cast<double*>(out)[i] = x;
-    else static_cast<float*>(out)[i] = static_cast<float>(x);
-  };
+  // A row of weight 0 has loss 0, so that no product of 0 and what it holds can spoil the sum.
   if (reduction == kNone) {
-    if (job.weight)
-      for (int64_t i = 0; i < rows; ++i) put(job.losses, i, weighted(i));
-    return losses;
+    if (job.weight) (dtype == ScalarType::Double ? scale_by<double> : scale_by<float>)(job.losses, job.weight, rows);
+    return *losses;
   }
-  double sum = 0;
-  for (int64_t i = 0; i < rows; ++i) sum += weighted(i);
+  const double sum = sum_of(dtype, job.losses, job.weight, rows) * job.scale;
   Tensor loss = empty_cpu({}, dtype);
-  put(loss.mutable_data_ptr(), 0, sum * job.scale);
+  if (dtype == ScalarType::Double) *static_cast<double*>(loss.mutable_data_ptr()) = sum;
+  else *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(sum);
   return loss;
 }
 
@@ -129,6 +141,10 @@ std::tuple<Tensor, Tensor> backward(
   return grads;
 }
 
+Tensor grad(Tensor input, Tensor target, Weight weight, int64_t reduction, bool detach) {
+  return std::get<0>(backward(std::nullopt, input, target, weight, reduction, detach, true, false));
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward_backward(
     Tensor input, Tensor target, Weight weight, int64_t reduction, bool detach, bool input_grad, bool target_grad) {
   SymmetricKLJob job = make_job(input, target, weight, reduction, detach);
@@ -142,5 +158,6 @@ std::tuple<Tensor, Tensor, Tensor> forward_backward(
 STABLE_TORCH_LIBRARY_IMPL(smart_kernels, CPU, m) {
   m.impl("symmetric_kl", TORCH_BOX(&smart_kernels::forward));
   m.impl("symmetric_kl_backward", TORCH_BOX(&smart_kernels::backward));
+  m.impl("symmetric_kl_grad", TORCH_BOX(&smart_kernels::grad));
   m.impl("symmetric_kl_forward_backward", TORCH_BOX(&smart_kernels::forward_backward));
 }

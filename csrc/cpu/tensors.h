@@ -8,7 +8,6 @@
 
 #include <cstdint>
 #include <initializer_list>
-#include <vector>
 
 namespace smart_kernels {
 

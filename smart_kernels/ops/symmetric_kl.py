@@ -57,15 +57,11 @@ def symmetric_kl(
     """
     weight = _check(input, target, weight, reduction, detach_targets)
     code = _CODE[reduction]
-    if (
-        code
-        and torch.is_grad_enabled()
-        and (input.requires_grad or target.requires_grad)
-        and input.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-    ):
-        return _Fused.apply(input, target, weight, code, detach_targets)  # type: ignore[no-any-return, no-untyped-call]
-    return _forward(input, target, weight, code, detach_targets)  # type: ignore[no-any-return]
+    if torch.compiler.is_compiling():
+        return _forward(input, target, weight, code, detach_targets)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        return _Differentiable.apply(input, target, weight, code, detach_targets)  # type: ignore[no-any-return, no-untyped-call]
+    return _forward_backward(input, target, weight, code, detach_targets, False, False)[0]  # type: ignore[no-any-return]
 
 
 def symmetric_kl_grad(
@@ -100,9 +96,7 @@ def symmetric_kl_grad(
         tensor([[ 5.0000e-06, -5.0000e-06]])
     """
     weight = _check(input, target, weight, reduction, detach_targets)
-    with torch.no_grad():
-        grad, _ = _backward(None, input, target, weight, _CODE[reduction], detach_targets, True, False)
-    return grad  # type: ignore[no-any-return]
+    return _grad(input, target, weight, _CODE[reduction], detach_targets)  # type: ignore[no-any-return]
 
 
 class SymmetricKLLoss(torch.nn.Module):
@@ -209,6 +203,10 @@ def _forward_backward_fake(
     return loss, *_backward_fake(None, input, target, weight, reduction, detach_targets, input_grad, target_grad)
 
 
+def _grad_fake(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, detach_targets: bool) -> Tensor:
+    return input.new_empty(input.shape)
+
+
 _LOGITS = "Tensor input, Tensor target, Tensor? weight, int reduction, bool detach_targets"
 _TRITON = "smart_kernels.triton_kernels.symmetric_kl"
 
@@ -230,8 +228,17 @@ _forward_backward = define(
     fake=_forward_backward_fake,
     triton=f"{_TRITON}:symmetric_kl_forward_backward",
 )
+_grad = define(
+    f"symmetric_kl_grad({_LOGITS}) -> Tensor",
+    reference=reference.symmetric_kl_grad,
+    fake=_grad_fake,
+    triton=f"{_TRITON}:symmetric_kl_grad",
+)
 no_derivative("symmetric_kl_backward", "the gradient of symmetric_kl")
-no_derivative("symmetric_kl_forward_backward", "symmetric_kl_forward_backward")
+for _op in ("symmetric_kl_forward_backward", "symmetric_kl_grad"):
+    # What these give are constants. They are called for every small batch, where a Python kernel that says so to
+    # autograd would cost more than the op.
+    LIBRARY.impl(_op, torch.library.fallthrough_kernel, "Autograd")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -250,29 +257,34 @@ torch.library.register_autograd(
 )
 
 
-class _Fused(torch.autograd.Function):
-    """Loss and gradients in one pass over the logits, for a reduced loss on the CPU.
+class _Differentiable(torch.autograd.Function):
+    """The eager call: on the CPU a reduced loss brings its gradients along, from one pass over the logits.
 
-    The gradients are those for an upstream gradient of one. Whether it is one can be read for nothing on the
-    CPU; where it is another, they are computed anew with it, so that they are rounded once and a loss scale
-    still protects what a narrow dtype would flush to zero. On a GPU that look would be a synchronisation.
+    They are those for an upstream gradient of one. Whether it is one can be read for nothing on the CPU; where it is
+    another, they are computed anew with it, so that they are rounded once and a loss scale still protects what a
+    narrow dtype would flush to zero. On a GPU that look would be a synchronisation, so there they wait for backward.
     """
 
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, detach_targets: bool
     ) -> Tensor:
-        _setup_context(ctx, (input, target, weight, reduction, detach_targets), input)
-        input_grad, target_grad = ctx.needs_input_grad[:2]
-        loss, *grads = _forward_backward(input, target, weight, reduction, detach_targets, input_grad, target_grad)
-        ctx.grads = (grads[0] if input_grad else None, grads[1] if target_grad else None, None, None, None)
+        ctx.save_for_backward(input, target, weight)
+        ctx.reduction, ctx.detach_targets = reduction, detach_targets
+        input_grad = target_grad = early = reduction != 0 and input.is_cpu
+        if early:
+            input_grad, target_grad = ctx.needs_input_grad[:2]
+        loss, of_input, of_target = _forward_backward(
+            input, target, weight, reduction, detach_targets, input_grad, target_grad
+        )
+        ctx.early = (of_input if input_grad else None, of_target if target_grad else None) if early else None
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # Given away once, so that .grad takes them over without a copy; a second backward computes its own.
-        grads, ctx.grads = ctx.grads, None
+        grads, ctx.early = ctx.early, None
         if grads is None or torch.is_grad_enabled() or grad_output.item() != 1:
             return _autograd_backward(ctx, grad_output)
         _ = ctx.saved_tensors  # raises where the logits were changed in place, or the graph was freed
-        return grads  # type: ignore[no-any-return]
+        return *grads, None, None, None
