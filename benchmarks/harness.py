@@ -1,0 +1,629 @@
+"""What every benchmark here is made of: peers that take turns, the limit beside them, table, JSON, plots.
+
+A benchmark builds a list of `Peer`s, calls `measure` once per case, collects the `Case`s in a `Report` and
+saves it. Nothing here asserts a time, and nothing here knows what is being measured:
+
+    report = Report("bench_thing", arguments=vars(args))
+    with progress_bar(len(shapes) * measure_steps(peers), "thing") as progress:
+        for shape in shapes:
+            make = lambda: (torch.randn(shape), torch.randn(shape))
+            report.add(measure(label, peers, make, bytes_moved=..., outputs=1, baseline="eager", progress=progress))
+    print(report.table())
+    report.save(args.out, figure=speed_figure(report.cases, ours="smart_kernels", title="..."))
+
+A table can be printed with `format_table` for any other figures, and a figure drawn within `plotting()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+import smart_kernels
+
+RESULTS = Path(__file__).resolve().parent / "results"
+CACHED_BYTES = 1 << 20
+"""Inputs up to this size lie in cache for a user too: whatever made them has just written them."""
+
+COPY_FRESH, COPY_PLACE = "copy to fresh memory", "copy in place"
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way of doing the work: a name for the table, and what is called with a tuple of inputs."""
+
+    name: str
+    call: Callable[..., object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call of one peer, over all rounds; bytes allocated at its peak beyond what stood before."""
+
+    name: str
+    median: float
+    lower: float
+    upper: float
+    rounds: int
+    calls_per_round: int
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """All that was measured on one set of inputs."""
+
+    label: str
+    group: str
+    baseline: str
+    bytes_moved: int | None
+    timings: list[Timing]
+    copies: list[Timing]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def timing(self, name: str) -> Timing | None:
+        """The timing of a peer; None where it was skipped."""
+        return next((t for t in self.timings if t.name == name), None)
+
+    def speed_up(self, name: str, over: str | None = None) -> float:
+        """How many times faster a peer's median is than another's (the baseline's); NaN where one is missing."""
+        ours, theirs = self.timing(name), self.timing(over or self.baseline)
+        return theirs.median / ours.median if ours and theirs else math.nan
+
+    def share_of_limit(self, name: str) -> float:
+        """Time of the plain copy of the bytes that any version must move, over the peer's time."""
+        ours = self.timing(name)
+        return self.copies[0].median / ours.median if ours and self.copies else math.nan
+
+
+def measure(
+    label: str,
+    peers: Sequence[Peer],
+    inputs: Callable[[], tuple[Any, ...]],
+    *,
+    baseline: str,
+    group: str = "",
+    bytes_moved: int | None = None,
+    outputs: int = 0,
+    device: str = "cpu",
+    budget_s: float = 2.0,
+    min_rounds: int = 5,
+    progress: Callable[[str], object] = lambda text: None,
+) -> Case:
+    """Time peers that take turns in one process.
+
+    A round calls every peer once (as often as fills a tenth of a millisecond, for the fast ones), and each
+    round begins with another peer, so that a change of the machine's pace hits all of them alike. Rounds go
+    on until the budget is spent. Beside the peers runs the limit: a plain copy of as many bytes as any
+    version must move, half of them read and half written, into as many newly allocated tensors as an
+    out-of-place op returns (fresh memory costs page faults that no op can avoid) or into one that stands.
+
+    On CUDA a call is timed by events, with the L2 cache flushed before it; where the inputs are small,
+    several calls in a row are timed, so that the overhead of the launch counts.
+
+    Args:
+        label: names the case in table and plot, for instance its shape.
+        peers: who takes part. One that raises is left out, with its reason in `skipped`.
+        inputs: makes one set of inputs. Sets are made until together they exceed the cache twice, and calls
+            rotate through them; sets of less than `CACHED_BYTES` are used as they are.
+        baseline: the peer that speed-ups refer to.
+        group: cases of one group share a panel of the plot, for instance a dtype.
+        bytes_moved: bytes read plus bytes written by any version; None where no copy is the limit.
+        outputs: how many tensors any version allocates and returns; 0 for an op in place.
+        device: where the inputs lie.
+        budget_s: seconds to spend on the rounds, exceeded where `min_rounds` take longer.
+        min_rounds: rounds to do at least.
+        progress: called with what is being done, `measure_steps(peers)` times.
+
+    Returns:
+        The timings of all peers that ran, and those of the copies (`Case.copies[0]` is the limit).
+    """
+    sets = [inputs()]
+    size = sum(x.nbytes for x in tree_leaves(sets[0]) if isinstance(x, torch.Tensor))
+    small = size <= CACHED_BYTES
+    if not small:
+        sets += [inputs() for _ in range(min(16, 2 * cache_bytes(device) // size))]
+
+    alive, skipped, peaks = [], {}, {}
+    for peer in peers:
+        progress(f"{label} {group}: {peer.name}")
+        try:
+            peer.call(*sets[0])  # compiles, and warms up
+            peaks[peer.name] = peak_bytes(lambda peer=peer: peer.call(*sets[0]), device)  # type: ignore[misc]
+            alive.append(peer)
+        except Exception as error:  # a peer is a guest: whatever it throws, the others go on
+            skipped[peer.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    copies = copy_peers(bytes_moved, outputs, device) if bytes_moved else []
+    progress(f"{label} {group}: rounds")
+    clock = _CudaClock(flush=not small) if torch.device(device).type == "cuda" else _cpu_clock
+    samples, calls = rounds([*alive, *copies], sets, clock, budget_s=budget_s, min_rounds=min_rounds, single=not small)
+    timings = [summarise(name, times, calls[name], peaks.get(name)) for name, times in samples.items()]
+    return Case(label, group, baseline, bytes_moved, timings[: len(alive)], timings[len(alive) :], skipped)
+
+
+def measure_steps(peers: Sequence[Peer]) -> int:
+    """How often `measure` reports progress: once a peer, and once for the rounds."""
+    return len(peers) + 1
+
+
+def rounds(
+    peers: Sequence[Peer],
+    sets: Sequence[tuple[Any, ...]],
+    clock: Callable[[Callable[[], object], int], float],
+    *,
+    budget_s: float,
+    min_rounds: int,
+    single: bool,
+    max_rounds: int = 2000,
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Let the peers take turns; returns seconds per call, and calls per round, of each.
+
+    Args:
+        peers: who takes part, each with a name of its own.
+        sets: sets of inputs; each call takes the next.
+        clock: calls a function so many times and returns the seconds that all of them took.
+        budget_s: stop when the clock has counted this much.
+        min_rounds: but not before so many rounds.
+        single: one call a round, however short.
+        max_rounds: stop here in any case.
+    """
+    turn = itertools.cycle(sets)
+
+    def caller(peer: Peer) -> Callable[[], object]:
+        return lambda: peer.call(*next(turn))
+
+    calls = {}
+    for peer in peers:
+        once = min(clock(caller(peer), 1) for _ in range(2))
+        calls[peer.name] = 1 if single else max(1, min(1000, math.ceil(1e-4 / max(once, 1e-9))))
+    samples: dict[str, list[float]] = {peer.name: [] for peer in peers}
+    spent = 0.0
+    for number in range(max_rounds):
+        if number >= min_rounds and spent >= budget_s:
+            break
+        first = number % len(peers)
+        for peer in [*peers[first:], *peers[:first]]:
+            seconds = clock(caller(peer), calls[peer.name])
+            samples[peer.name].append(seconds / calls[peer.name])
+            spent += seconds
+    return samples, calls
+
+
+def summarise(name: str, seconds: Sequence[float], calls_per_round: int, peak: int | None) -> Timing:
+    """Median and quartiles of one peer's seconds per call."""
+    lower, median, upper = statistics.quantiles(
+        [*seconds, seconds[0]] if len(seconds) == 1 else seconds, n=4, method="inclusive"
+    )
+    return Timing(name, median, lower, upper, len(seconds), calls_per_round, peak)
+
+
+def _cpu_clock(call: Callable[[], object], times: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(times):
+        call()
+    return time.perf_counter() - begin
+
+
+class _CudaClock:
+    """Seconds on the device between two events around the calls; the L2 cache is overwritten before if asked."""
+
+    def __init__(self, flush: bool) -> None:
+        self.trash = torch.empty(2 * cache_bytes("cuda"), dtype=torch.int8, device="cuda") if flush else None
+
+    def __call__(self, call: Callable[[], object], times: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        if self.trash is not None:
+            self.trash.zero_()
+        begin.record()
+        for _ in range(times):
+            call()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+
+def copy_peers(bytes_moved: int, outputs: int, device: str) -> list[Peer]:
+    """The limit first: plain copies that move as many bytes, half read and half written."""
+    each = max(1, bytes_moved // (2 * max(1, outputs)))
+    sources = [torch.zeros(each, dtype=torch.uint8, device=device) for _ in range(max(1, outputs))]
+    targets = [torch.zeros_like(source) for source in sources]
+    place = Peer(COPY_PLACE, lambda *_: [t.copy_(s) for t, s in zip(targets, sources, strict=True)])
+    fresh = Peer(COPY_FRESH, lambda *_: [s.clone() for s in sources])
+    return [fresh, place] if outputs else [place]
+
+
+def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes that PyTorch's allocator handed out at the peak of one call, beyond what stood before it.
+
+    What a call returns is counted. On the CPU the profiler's allocation events are summed, which every tensor
+    of PyTorch, of a compiled graph and of an extension goes through; plain malloc in C++ does not show.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = call()
+        torch.cuda.synchronize()
+        del kept
+        return int(torch.cuda.max_memory_allocated() - before)
+    with _quiet_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+        kept = call()
+    del kept
+    events = profile.kineto_results.events()
+    changes = sorted((e.start_ns(), place, e.nbytes()) for place, e in enumerate(events) if e.name() == "[memory]")
+    standing: Iterator[int] = itertools.accumulate((change for *_, change in changes), initial=0)
+    return max(standing)
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """The profiler of some versions announces itself on the process's own stderr."""
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+def cache_bytes(device: str) -> int:
+    """Size of the last cache before memory; 32 MiB where the machine does not say."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = []
+    for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = size.read_text().strip()
+        sizes.append(int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1], 0))
+    return max(sizes, default=32 << 20)
+
+
+# -------------------------------------------------------------------------------------- the machine, tables
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What a reader needs to know of the machine, the versions and the date."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "triton", "transformers", "numpy", "liger-kernel", "smart-kernels"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    versions.setdefault("smart-kernels", smart_kernels.__version__)
+    described: dict[str, Any] = {
+        "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+        "system": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "cache_bytes": cache_bytes("cpu"),
+        "compiled_kernels": {module: why or "loaded" for module, why in smart_kernels.COMPILED.items()},
+        "versions": versions,
+    }
+    if torch.device(device).type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described["gpu"] = {
+            "name": properties.name,
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda or torch.version.hip,
+        }
+    return described
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def headline(described: Mapping[str, Any]) -> str:
+    """One line of `machine()` for the head of a table."""
+    where = f"{described['cpu']}, {described['cores']} cores, {described['threads']} threads, {described['isa']}"
+    if "gpu" in described:
+        where = described["gpu"]["name"]
+    return f"{where} · torch {described['versions']['torch']} · {described['date'][:10]}"
+
+
+def format_table(columns: Sequence[str], rows: Sequence[Sequence[str] | None]) -> str:
+    """Text columns, the first two to the left and all others to the right; None draws a line."""
+    widths = [max(len(line[i]) for line in (columns, *filter(None, rows))) for i in range(len(columns))]
+
+    def render(cells: Sequence[str]) -> str:
+        aligned = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return "  ".join(aligned).rstrip()
+
+    line = "─" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join([render(columns), line, *(line if row is None else render(row) for row in rows)])
+
+
+def seconds_text(seconds: float) -> str:
+    """Three digits and a unit: 12.3 µs."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * factor >= 1 or unit == "µs":
+            value = seconds * factor
+            return f"{value:.{max(0, 2 - int(math.log10(value))) if value >= 1 else 2}f} {unit}"
+    raise AssertionError  # the loop's last unit always returns
+
+
+def bytes_text(size: float | None) -> str:
+    """A size in the unit that keeps it short: 125 MB."""
+    if size is None:
+        return "–"
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}" if unit != "B" else f"{size:.0f} B"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
+def ratio_text(ratio: float) -> str:
+    """A speed-up: 3.42×."""
+    return "–" if math.isnan(ratio) else f"{ratio:.2f}×" if ratio < 99.5 else f"{ratio:.0f}×"
+
+
+def case_rows(cases: Sequence[Case]) -> tuple[list[str], list[list[str] | None]]:
+    """Columns and rows of the table of timings: a block per case, the copies at its end."""
+    against = "/".join(sorted({case.baseline for case in cases}))
+    columns = ["case", "peer", "median", "quartiles", f"× {against}", "must move", "of copy", "peak extra"]
+    rows: list[list[str] | None] = []
+    for case in cases:
+        if rows:
+            rows.append(None)
+        head, moved = f"{case.label} {case.group}".strip(), bytes_text(case.bytes_moved)
+        for timing in [*case.timings, *case.copies]:
+            spread = f"{seconds_text(timing.lower)} … {seconds_text(timing.upper)}"
+            row = [head, timing.name, seconds_text(timing.median), spread]
+            if timing in case.copies:
+                row += ["", moved, "", ""]
+            else:
+                share = case.share_of_limit(timing.name)
+                row += [ratio_text(case.speed_up(timing.name)), moved, "–" if math.isnan(share) else f"{share:.2f}"]
+                row += [bytes_text(timing.peak_bytes)]
+            rows.append(row)
+            head = moved = ""
+        rows += [[head, name, "left out", *[""] * 5] for name in case.skipped]
+    return columns, rows
+
+
+# ------------------------------------------------------------------------------------------------- reports
+
+
+class Report:
+    """What one run of a benchmark measured: prints it, and writes JSON and a figure.
+
+    Attributes:
+        name: stem of the files written.
+        arguments: how the benchmark was called.
+        cases: the timings, in order.
+        figures: anything else that was measured and can be written as JSON, by name.
+        notes: what a reader must know: what was skipped, and why.
+    """
+
+    def __init__(self, name: str, arguments: Mapping[str, Any], device: str = "cpu") -> None:
+        self.name = name
+        self.arguments = dict(arguments)
+        self.machine = machine(device)
+        self.cases: list[Case] = []
+        self.figures: dict[str, Any] = {}
+        self.notes: list[str] = []
+
+    def add(self, case: Case) -> None:
+        """Take in a case, and a note for every peer that it had to leave out (where, says the table)."""
+        self.cases.append(case)
+        for peer, why in case.skipped.items():
+            self.note(f"{peer} is left out: {why}")
+
+    def note(self, text: str) -> None:
+        """Keep a line for the end of the table, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def table(self) -> str:
+        """The machine, the timings and the notes."""
+        parts = [headline(self.machine)]
+        if self.cases:
+            parts += ["", format_table(*case_rows(self.cases))]
+        if self.notes:
+            parts += ["", *self.notes]
+        return "\n".join(parts)
+
+    def save(self, out: Path, figure: Any = None) -> list[Path]:
+        """Write `<name>.json`, and `<name>.png` where there is a figure; returns the paths."""
+        out.mkdir(parents=True, exist_ok=True)
+        content = {
+            "benchmark": self.name,
+            "arguments": self.arguments,
+            "machine": self.machine,
+            "cases": [
+                asdict(case)
+                | {"speed_up": {t.name: case.speed_up(t.name) for t in case.timings}}
+                | {"share_of_limit": {t.name: case.share_of_limit(t.name) for t in case.timings}}
+                for case in self.cases
+            ],
+            **self.figures,
+            "notes": self.notes,
+        }
+        paths = [out / f"{self.name}.json"]
+        paths[0].write_text(json.dumps(_plain(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if figure is not None:
+            paths.append(out / f"{self.name}.png")
+            figure.savefig(paths[1], bbox_inches="tight", pad_inches=0.2, facecolor="white")
+        return paths
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows neither NaN, infinity nor paths: null and text stand for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, description: str) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr, moved on a step by calling what comes with the text of the next; silent without tqdm."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda text: None
+        return
+    layout = "{desc} {percentage:3.0f}% |{bar:30}| {elapsed} {postfix}"
+    with tqdm(total=total, desc=description, leave=False, bar_format=layout) as bar:
+
+        def step(text: str) -> None:
+            bar.set_postfix_str(text, refresh=False)
+            bar.update()
+            bar.refresh()
+
+        yield step
+
+
+# --------------------------------------------------------------------------------------------------- plots
+
+OURS = "#0072B2"
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#8C8C8C")
+"""Okabe and Ito's palette, told apart by colour-blind readers; ours is always the same blue."""
+
+STYLE = {
+    "figure.dpi": 160,
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.labelcolor": "#333333",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+}
+
+
+@contextlib.contextmanager
+def plotting() -> Iterator[Any]:
+    """matplotlib.pyplot in the style of all figures here, writing to files; None where it is missing."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        yield None
+        return
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with plt.style.context(["default", STYLE]):
+        yield plt
+    plt.close("all")
+
+
+def colours(names: Sequence[str], ours: str) -> dict[str, str]:
+    """A colour per peer, the same in every panel."""
+    others = itertools.cycle(COLOURS)
+    return {name: OURS if name == ours else next(others) for name in names}
+
+
+def speed_figure(cases: Sequence[Case], ours: str, title: str, caption: str = "") -> Any:
+    """Horizontal bars: how many times faster than the baseline each peer is, a panel per group of cases.
+
+    Args:
+        cases: what `measure` returned.
+        ours: the peer drawn in blue.
+        title: stands above the panels.
+        caption: a line under the title, for instance `headline(...)`.
+
+    Returns:
+        The figure, or None without matplotlib or without cases.
+    """
+    with plotting() as plt:
+        if plt is None or not cases:
+            return None
+        groups = list(dict.fromkeys(case.group for case in cases))
+        names = list(dict.fromkeys(t.name for case in cases for t in case.timings if t.name != case.baseline))
+        names.sort(key=lambda name: name == ours)  # ours at the foot of each block of bars, beside its label's axis
+        palette = colours(names, ours)
+        deepest = max(sum(case.group == group for case in cases) for group in groups)
+        thickness, gap = 0.2, 0.35
+        block = thickness * len(names) + gap
+        figure, axes = plt.subplots(
+            1, len(groups), figsize=(1.6 + 4.6 * len(groups), 1.6 + 1.25 * block * deepest), squeeze=False, sharex=True
+        )
+        for axis, group in zip(axes[0], groups, strict=True):
+            members = [case for case in cases if case.group == group]
+            for place, case in enumerate(members):
+                for rank, name in enumerate(names):
+                    ratio = case.speed_up(name)
+                    if math.isnan(ratio):
+                        continue
+                    y = place * block + (rank - (len(names) - 1) / 2) * thickness
+                    axis.barh(y, ratio - 1, left=1, height=thickness * 0.86, color=palette[name])
+                    weight = "bold" if name == ours else "normal"
+                    axis.annotate(
+                        ratio_text(ratio),
+                        (max(ratio, 1), y),
+                        (4, 0),
+                        textcoords="offset points",
+                        va="center",
+                        fontsize=8,
+                        color="#222222",
+                        fontweight=weight,
+                    )
+            axis.axvline(1, color="#444444", linewidth=1.2)
+            axis.set_yticks([place * block for place in range(len(members))], [case.label for case in members])
+            axis.set_ylim(deepest * block - block / 2 - gap / 4, -block / 2)
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+            axis.xaxis.set_minor_locator(plt.matplotlib.ticker.NullLocator())
+            axis.grid(axis="y", visible=False)
+            axis.set_title(group)
+            axis.set_xlabel(f"times faster than {cases[0].baseline}")
+        left, right = axes[0][0].get_xlim()
+        axes[0][0].set_xlim(left, right * 1.35)
+        handles = [plt.Rectangle((0, 0), 1, 1, color=palette[name]) for name in names]
+        finish(figure, title, caption, handles, names)
+        return figure
+
+
+def finish(figure: Any, title: str, caption: str, handles: Sequence[Any], names: Sequence[str]) -> None:
+    """Title and caption above, legend below, nothing overlapping."""
+    height = figure.get_size_inches()[1]
+    figure.tight_layout(rect=(0, 0.35 / height, 1, 1 - (0.75 if caption else 0.5) / height), w_pad=2.5)
+    figure.text(0.01, 1 - 0.1 / height, title, fontsize=14, fontweight="bold", va="top", color="#111111")
+    figure.text(0.01, 1 - 0.42 / height, caption, fontsize=8.5, va="top", color="#666666")
+    figure.legend(handles, names, loc="lower center", ncols=len(names), bbox_to_anchor=(0.5, 0), fontsize=9)
