@@ -7,11 +7,12 @@ saves it. Nothing here asserts a time, and nothing here knows what is being meas
     with progress_bar(len(shapes) * measure_steps(peers), "thing") as progress:
         for shape in shapes:
             make = lambda: (torch.randn(shape), torch.randn(shape))
-            report.add(measure(label, peers, make, bytes_moved=..., outputs=1, baseline="eager", progress=progress))
+            report.add(measure(label, peers, make, bytes_moved=..., outputs=1, baselines=["eager"], progress=progress))
     print(report.table())
-    report.save(args.out, figure=speed_figure(report.cases, ours="smart_kernels", title="..."))
+    report.save(args.out, {"speed": speed_figure(report.cases, ours="smart_kernels", title="...")})
 
-A table can be printed with `format_table` for any other figures, and a figure drawn within `plotting()`.
+Tables of other figures are made with `format_table` and go to `report.texts`, the figures themselves to
+`report.figures`; other plots are drawn within `plotting()` and get their titles and legend from `finish`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 CACHED_BYTES = 1 << 20
 """Inputs up to this size lie in cache for a user too: whatever made them has just written them."""
 
-COPY_FRESH, COPY_PLACE = "copy to fresh memory", "copy in place"
+SLOT_S = 1e-3
+"""A peer's turn lasts about so long: several calls where they are short."""
+
+COPY_FRESH, COPY_REUSED = "copy, fresh memory", "copy, reused memory"
 
 
 # ---------------------------------------------------------------------------------------------- measuring
@@ -74,7 +78,7 @@ class Case:
 
     label: str
     group: str
-    baseline: str
+    baselines: tuple[str, ...]
     bytes_moved: int | None
     timings: list[Timing]
     copies: list[Timing]
@@ -84,10 +88,14 @@ class Case:
         """The timing of a peer; None where it was skipped."""
         return next((t for t in self.timings if t.name == name), None)
 
-    def speed_up(self, name: str, over: str | None = None) -> float:
-        """How many times faster a peer's median is than another's (the baseline's); NaN where one is missing."""
-        ours, theirs = self.timing(name), self.timing(over or self.baseline)
+    def speed_up(self, name: str, over: str) -> float:
+        """How many times faster a peer's median is than another's; NaN where one is missing."""
+        ours, theirs = self.timing(name), self.timing(over)
         return theirs.median / ours.median if ours and theirs else math.nan
+
+    def speed_ups(self, over: str) -> dict[str, float]:
+        """`speed_up` of every peer."""
+        return {timing.name: self.speed_up(timing.name, over) for timing in self.timings}
 
     def share_of_limit(self, name: str) -> float:
         """Time of the plain copy of the bytes that any version must move, over the peer's time."""
@@ -100,7 +108,7 @@ def measure(
     peers: Sequence[Peer],
     inputs: Callable[[], tuple[Any, ...]],
     *,
-    baseline: str,
+    baselines: Sequence[str],
     group: str = "",
     bytes_moved: int | None = None,
     outputs: int = 0,
@@ -111,9 +119,9 @@ def measure(
 ) -> Case:
     """Time peers that take turns in one process.
 
-    A round calls every peer once (as often as fills a tenth of a millisecond, for the fast ones), and each
-    round begins with another peer, so that a change of the machine's pace hits all of them alike. Rounds go
-    on until the budget is spent. Beside the peers runs the limit: a plain copy of as many bytes as any
+    A round calls every peer once (small inputs: as often as fills `SLOT_S`), and each round begins with
+    another peer, so that a change of the machine's pace hits all of them alike. Rounds go on until the budget
+    is spent. Beside the peers runs the limit: a plain copy of as many bytes as any
     version must move, half of them read and half written, into as many newly allocated tensors as an
     out-of-place op returns (fresh memory costs page faults that no op can avoid) or into one that stands.
 
@@ -125,7 +133,7 @@ def measure(
         peers: who takes part. One that raises is left out, with its reason in `skipped`.
         inputs: makes one set of inputs. Sets are made until together they exceed the cache twice, and calls
             rotate through them; sets of less than `CACHED_BYTES` are used as they are.
-        baseline: the peer that speed-ups refer to.
+        baselines: the peers that speed-ups refer to, a column each; plots take the first.
         group: cases of one group share a panel of the plot, for instance a dtype.
         bytes_moved: bytes read plus bytes written by any version; None where no copy is the limit.
         outputs: how many tensors any version allocates and returns; 0 for an op in place.
@@ -151,18 +159,24 @@ def measure(
             peaks[peer.name] = peak_bytes(lambda peer=peer: peer.call(*sets[0]), device)  # type: ignore[misc]
             alive.append(peer)
         except Exception as error:  # a peer is a guest: whatever it throws, the others go on
-            skipped[peer.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            skipped[peer.name] = first_line(error)
     copies = copy_peers(bytes_moved, outputs, device) if bytes_moved else []
     progress(f"{label} {group}: rounds")
-    clock = _CudaClock(flush=not small) if torch.device(device).type == "cuda" else _cpu_clock
+    clock = _CudaClock(device, flush=not small) if torch.device(device).type == "cuda" else _cpu_clock
     samples, calls = rounds([*alive, *copies], sets, clock, budget_s=budget_s, min_rounds=min_rounds, single=not small)
     timings = [summarise(name, times, calls[name], peaks.get(name)) for name, times in samples.items()]
-    return Case(label, group, baseline, bytes_moved, timings[: len(alive)], timings[len(alive) :], skipped)
+    return Case(label, group, tuple(baselines), bytes_moved, timings[: len(alive)], timings[len(alive) :], skipped)
 
 
-def measure_steps(peers: Sequence[Peer]) -> int:
+def measure_steps(peers: Sized) -> int:
     """How often `measure` reports progress: once a peer, and once for the rounds."""
     return len(peers) + 1
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    text = next((line for line in str(error).splitlines() if line.strip()), "").strip()
+    return f"{type(error).__name__}: {text[:150]}"
 
 
 def rounds(
@@ -193,11 +207,11 @@ def rounds(
 
     calls = {}
     for peer in peers:
-        once = min(clock(caller(peer), 1) for _ in range(2))
-        calls[peer.name] = 1 if single else max(1, min(1000, math.ceil(1e-4 / max(once, 1e-9))))
+        once = math.inf if single else min(clock(caller(peer), 1) for _ in range(2))
+        calls[peer.name] = max(1, min(1000, math.ceil(SLOT_S / max(once, 1e-9))))
     samples: dict[str, list[float]] = {peer.name: [] for peer in peers}
     spent = 0.0
-    for number in range(max_rounds):
+    for number in range(max_rounds if peers else 0):
         if number >= min_rounds and spent >= budget_s:
             break
         first = number % len(peers)
@@ -226,17 +240,18 @@ def _cpu_clock(call: Callable[[], object], times: int) -> float:
 class _CudaClock:
     """Seconds on the device between two events around the calls; the L2 cache is overwritten before if asked."""
 
-    def __init__(self, flush: bool) -> None:
-        self.trash = torch.empty(2 * cache_bytes("cuda"), dtype=torch.int8, device="cuda") if flush else None
+    def __init__(self, device: str, flush: bool) -> None:
+        self.stream = torch.cuda.current_stream(device)
+        self.trash = torch.empty(2 * cache_bytes(device), dtype=torch.int8, device=device) if flush else None
 
     def __call__(self, call: Callable[[], object], times: int) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         if self.trash is not None:
             self.trash.zero_()
-        begin.record()
+        begin.record(self.stream)
         for _ in range(times):
             call()
-        end.record()
+        end.record(self.stream)
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
 
@@ -246,9 +261,9 @@ def copy_peers(bytes_moved: int, outputs: int, device: str) -> list[Peer]:
     each = max(1, bytes_moved // (2 * max(1, outputs)))
     sources = [torch.zeros(each, dtype=torch.uint8, device=device) for _ in range(max(1, outputs))]
     targets = [torch.zeros_like(source) for source in sources]
-    place = Peer(COPY_PLACE, lambda *_: [t.copy_(s) for t, s in zip(targets, sources, strict=True)])
+    reused = Peer(COPY_REUSED, lambda *_: [t.copy_(s) for t, s in zip(targets, sources, strict=True)])
     fresh = Peer(COPY_FRESH, lambda *_: [s.clone() for s in sources])
-    return [fresh, place] if outputs else [place]
+    return [fresh, reused] if outputs else [reused]
 
 
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
@@ -258,13 +273,13 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
     of PyTorch, of a compiled graph and of an extension goes through; plain malloc in C++ does not show.
     """
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         kept = call()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         del kept
-        return int(torch.cuda.max_memory_allocated() - before)
+        return int(torch.cuda.max_memory_allocated(device) - before)
     with _quiet_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
         kept = call()
     del kept
@@ -359,6 +374,11 @@ def format_table(columns: Sequence[str], rows: Sequence[Sequence[str] | None]) -
     return "\n".join([render(columns), line, *(line if row is None else render(row) for row in rows)])
 
 
+def quartiles_text(timing: Timing) -> str:
+    """The two quartiles: half of all rounds lie between."""
+    return f"{seconds_text(timing.lower)} … {seconds_text(timing.upper)}"
+
+
 def seconds_text(seconds: float) -> str:
     """Three digits and a unit: 12.3 µs."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
@@ -384,27 +404,32 @@ def ratio_text(ratio: float) -> str:
     return "–" if math.isnan(ratio) else f"{ratio:.2f}×" if ratio < 99.5 else f"{ratio:.0f}×"
 
 
+LEGEND = """\
+quartiles: half of all rounds lie between · must move: bytes read and written by any version · of copy: time of a
+plain copy of that many bytes over the median · peak extra: allocated at the peak, beyond the inputs"""
+
+
 def case_rows(cases: Sequence[Case]) -> tuple[list[str], list[list[str] | None]]:
     """Columns and rows of the table of timings: a block per case, the copies at its end."""
-    against = "/".join(sorted({case.baseline for case in cases}))
-    columns = ["case", "peer", "median", "quartiles", f"× {against}", "must move", "of copy", "peak extra"]
+    baselines = list(dict.fromkeys(name for case in cases for name in case.baselines))
+    columns = ["case", "peer", "median", "quartiles", *(f"× {name}" for name in baselines)]
+    columns += ["must move", "of copy", "peak extra"]
     rows: list[list[str] | None] = []
     for case in cases:
         if rows:
             rows.append(None)
         head, moved = f"{case.label} {case.group}".strip(), bytes_text(case.bytes_moved)
-        for timing in [*case.timings, *case.copies]:
-            spread = f"{seconds_text(timing.lower)} … {seconds_text(timing.upper)}"
-            row = [head, timing.name, seconds_text(timing.median), spread]
-            if timing in case.copies:
-                row += ["", moved, "", ""]
-            else:
-                share = case.share_of_limit(timing.name)
-                row += [ratio_text(case.speed_up(timing.name)), moved, "–" if math.isnan(share) else f"{share:.2f}"]
-                row += [bytes_text(timing.peak_bytes)]
-            rows.append(row)
+        for timing in case.timings:
+            row = [head, timing.name, seconds_text(timing.median), quartiles_text(timing)]
+            row += [ratio_text(case.speed_up(timing.name, over)) for over in baselines]
+            share = case.share_of_limit(timing.name)
+            rows.append([*row, moved, "–" if math.isnan(share) else f"{share:.2f}", bytes_text(timing.peak_bytes)])
             head = moved = ""
-        rows += [[head, name, "left out", *[""] * 5] for name in case.skipped]
+        rows += [
+            [head, copy.name, seconds_text(copy.median), quartiles_text(copy), *[""] * (len(columns) - 4)]
+            for copy in case.copies
+        ]
+        rows += [[head, name, "left out", *[""] * (len(columns) - 3)] for name in case.skipped]
     return columns, rows
 
 
@@ -419,6 +444,7 @@ class Report:
         arguments: how the benchmark was called.
         cases: the timings, in order.
         figures: anything else that was measured and can be written as JSON, by name.
+        texts: tables and lines that are printed above the timings.
         notes: what a reader must know: what was skipped, and why.
     """
 
@@ -428,6 +454,7 @@ class Report:
         self.machine = machine(device)
         self.cases: list[Case] = []
         self.figures: dict[str, Any] = {}
+        self.texts: list[str] = []
         self.notes: list[str] = []
 
     def add(self, case: Case) -> None:
@@ -442,16 +469,16 @@ class Report:
             self.notes.append(text)
 
     def table(self) -> str:
-        """The machine, the timings and the notes."""
-        parts = [headline(self.machine)]
+        """The machine, all tables, and the notes."""
+        parts = [headline(self.machine), *self.texts]
         if self.cases:
-            parts += ["", format_table(*case_rows(self.cases))]
+            parts += [f"{format_table(*case_rows(self.cases))}\n{LEGEND}"]
         if self.notes:
-            parts += ["", *self.notes]
-        return "\n".join(parts)
+            parts += ["\n".join(self.notes)]
+        return "\n\n".join(parts)
 
-    def save(self, out: Path, figure: Any = None) -> list[Path]:
-        """Write `<name>.json`, and `<name>.png` where there is a figure; returns the paths."""
+    def save(self, out: Path, plots: Mapping[str, Any] | None = None) -> list[Path]:
+        """Write `<name>.json`, and `<name>_<plot>.png` for every plot that is not None; returns the paths."""
         out.mkdir(parents=True, exist_ok=True)
         content = {
             "benchmark": self.name,
@@ -459,7 +486,7 @@ class Report:
             "machine": self.machine,
             "cases": [
                 asdict(case)
-                | {"speed_up": {t.name: case.speed_up(t.name) for t in case.timings}}
+                | {"speed_up": {over: case.speed_ups(over) for over in case.baselines}}
                 | {"share_of_limit": {t.name: case.share_of_limit(t.name) for t in case.timings}}
                 for case in self.cases
             ],
@@ -468,9 +495,10 @@ class Report:
         }
         paths = [out / f"{self.name}.json"]
         paths[0].write_text(json.dumps(_plain(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        if figure is not None:
-            paths.append(out / f"{self.name}.png")
-            figure.savefig(paths[1], bbox_inches="tight", pad_inches=0.2, facecolor="white")
+        for name, figure in (plots or {}).items():
+            if figure is not None:
+                paths.append(out / f"{self.name}_{name}.png")
+                figure.savefig(paths[-1], bbox_inches="tight", pad_inches=0.2, facecolor="white")
         return paths
 
 
@@ -510,7 +538,7 @@ def progress_bar(total: int, description: str) -> Iterator[Callable[[str], None]
 
 OURS = "#0072B2"
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#8C8C8C")
-"""Okabe and Ito's palette, told apart by colour-blind readers; ours is always the same blue."""
+"""Okabe and Ito's palette and a grey, told apart by colour-blind readers; ours is always the same blue."""
 
 STYLE = {
     "figure.dpi": 160,
@@ -559,7 +587,7 @@ def colours(names: Sequence[str], ours: str) -> dict[str, str]:
 
 
 def speed_figure(cases: Sequence[Case], ours: str, title: str, caption: str = "") -> Any:
-    """Horizontal bars: how many times faster than the baseline each peer is, a panel per group of cases.
+    """Horizontal bars: how many times faster than the first baseline each peer is, a panel per group of cases.
 
     Args:
         cases: what `measure` returned.
@@ -568,62 +596,60 @@ def speed_figure(cases: Sequence[Case], ours: str, title: str, caption: str = ""
         caption: a line under the title, for instance `headline(...)`.
 
     Returns:
-        The figure, or None without matplotlib or without cases.
+        The figure, or None without matplotlib or with nothing to compare.
     """
     with plotting() as plt:
-        if plt is None or not cases:
+        if plt is None or not any(len(case.timings) > 1 for case in cases):
             return None
+        baseline = cases[0].baselines[0]
         groups = list(dict.fromkeys(case.group for case in cases))
-        names = list(dict.fromkeys(t.name for case in cases for t in case.timings if t.name != case.baseline))
-        names.sort(key=lambda name: name == ours)  # ours at the foot of each block of bars, beside its label's axis
-        palette = colours(names, ours)
+        names = list(dict.fromkeys(t.name for case in cases for t in case.timings))
+        names.sort(key=lambda name: name == ours)  # ours below the others in each block
+        palette = colours(names, ours)  # with the baseline's, so that a peer keeps its colour from figure to figure
+        names = [name for name in names if name != baseline]
+        ratios = [r for case in cases for name in names if not math.isnan(r := case.speed_up(name, baseline))]
+        low, high = min([0.8, *ratios]) / 1.1, max([2.0, *ratios]) * 1.5
         deepest = max(sum(case.group == group for case in cases) for group in groups)
-        thickness, gap = 0.2, 0.35
-        block = thickness * len(names) + gap
+        block = len(names) + 1.2  # in bars
         figure, axes = plt.subplots(
-            1, len(groups), figsize=(1.6 + 4.6 * len(groups), 1.6 + 1.25 * block * deepest), squeeze=False, sharex=True
+            1, len(groups), figsize=(1.2 + 4.6 * len(groups), 2 + 0.2 * block * deepest), squeeze=False
         )
         for axis, group in zip(axes[0], groups, strict=True):
             members = [case for case in cases if case.group == group]
             for place, case in enumerate(members):
                 for rank, name in enumerate(names):
-                    ratio = case.speed_up(name)
-                    if math.isnan(ratio):
-                        continue
-                    y = place * block + (rank - (len(names) - 1) / 2) * thickness
-                    axis.barh(y, ratio - 1, left=1, height=thickness * 0.86, color=palette[name])
-                    weight = "bold" if name == ours else "normal"
-                    axis.annotate(
-                        ratio_text(ratio),
-                        (max(ratio, 1), y),
-                        (4, 0),
-                        textcoords="offset points",
-                        va="center",
-                        fontsize=8,
-                        color="#222222",
-                        fontweight=weight,
-                    )
+                    draw_bar(axis, place * block + rank, case.speed_up(name, baseline), palette[name], name == ours)
             axis.axvline(1, color="#444444", linewidth=1.2)
-            axis.set_yticks([place * block for place in range(len(members))], [case.label for case in members])
-            axis.set_ylim(deepest * block - block / 2 - gap / 4, -block / 2)
+            axis.set_yticks([place * block + (len(names) - 1) / 2 for place in range(len(members))])
+            axis.set_yticklabels([case.label for case in members])
+            axis.set_ylim(deepest * block - 1.1, -1.1)
             axis.set_xscale("log")
-            axis.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_xlim(low, high)
+            steps = (1, 2, 5) if high / low < 400 else (1,)
+            axis.set_xticks([t for power in range(-3, 5) for s in steps if low <= (t := s * 10.0**power) <= high])
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
-            axis.xaxis.set_minor_locator(plt.matplotlib.ticker.NullLocator())
+            axis.minorticks_off()
             axis.grid(axis="y", visible=False)
             axis.set_title(group)
-            axis.set_xlabel(f"times faster than {cases[0].baseline}")
-        left, right = axes[0][0].get_xlim()
-        axes[0][0].set_xlim(left, right * 1.35)
+            axis.set_xlabel(f"times faster than {baseline}")
         handles = [plt.Rectangle((0, 0), 1, 1, color=palette[name]) for name in names]
         finish(figure, title, caption, handles, names)
         return figure
 
 
+def draw_bar(axis: Any, y: float, ratio: float, colour: str, bold: bool) -> None:
+    """A bar from 1× to a ratio, and the ratio in figures beside it; nothing for NaN."""
+    if math.isnan(ratio):
+        return
+    axis.barh(y, ratio - 1, left=1, height=0.86, color=colour)
+    style = {"fontsize": 8, "color": "#222222", "fontweight": "bold" if bold else "normal", "va": "center"}
+    axis.annotate(ratio_text(ratio), (max(ratio, 1), y), (4, 0), textcoords="offset points", **style)
+
+
 def finish(figure: Any, title: str, caption: str, handles: Sequence[Any], names: Sequence[str]) -> None:
     """Title and caption above, legend below, nothing overlapping."""
     height = figure.get_size_inches()[1]
-    figure.tight_layout(rect=(0, 0.35 / height, 1, 1 - (0.75 if caption else 0.5) / height), w_pad=2.5)
+    figure.tight_layout(rect=(0, 0.35 / height, 1, 1 - 0.75 / height), w_pad=2.5)
     figure.text(0.01, 1 - 0.1 / height, title, fontsize=14, fontweight="bold", va="top", color="#111111")
     figure.text(0.01, 1 - 0.42 / height, caption, fontsize=8.5, va="top", color="#666666")
     figure.legend(handles, names, loc="lower center", ncols=len(names), bbox_to_anchor=(0.5, 0), fontsize=9)

