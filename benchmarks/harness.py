@@ -207,7 +207,7 @@ def rounds(
 
     calls = {}
     for peer in peers:
-        once = math.inf if single else min(clock(caller(peer), 1) for _ in range(2))
+        once = math.inf if single else min(clock(caller(peer), 1) for _ in range(5))
         calls[peer.name] = max(1, min(1000, math.ceil(SLOT_S / max(once, 1e-9))))
     samples: dict[str, list[float]] = {peer.name: [] for peer in peers}
     spent = 0.0
@@ -245,7 +245,7 @@ class _CudaClock:
         self.trash = torch.empty(2 * cache_bytes(device), dtype=torch.int8, device=device) if flush else None
 
     def __call__(self, call: Callable[[], object], times: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if self.trash is not None:
             self.trash.zero_()
         begin.record(self.stream)
@@ -330,6 +330,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
         "isa": torch.backends.cpu.get_cpu_capability(),
         "cache_bytes": cache_bytes("cpu"),
         "compiled_kernels": {module: why or "loaded" for module, why in smart_kernels.COMPILED.items()},
@@ -401,7 +402,8 @@ def bytes_text(size: float | None) -> str:
 
 def ratio_text(ratio: float) -> str:
     """A speed-up: 3.42×."""
-    return "–" if math.isnan(ratio) else f"{ratio:.2f}×" if ratio < 99.5 else f"{ratio:.0f}×"
+    digits = 2 if ratio < 9.995 else 1 if ratio < 99.95 else 0
+    return "–" if math.isnan(ratio) else f"{ratio:.{digits}f}×"
 
 
 LEGEND = """\
@@ -452,10 +454,15 @@ class Report:
         self.name = name
         self.arguments = dict(arguments)
         self.machine = machine(device)
+        self.notes: list[str] = []
+        if self.machine["load_average"] > self.machine["cores"] / 2:
+            self.note(
+                f"The machine was busy when this began: load {self.machine['load_average']:.1f} on "
+                f"{self.machine['cores']} cores. Take the times with caution"
+            )
         self.cases: list[Case] = []
         self.figures: dict[str, Any] = {}
         self.texts: list[str] = []
-        self.notes: list[str] = []
 
     def add(self, case: Case) -> None:
         """Take in a case, and a note for every peer that it had to leave out (where, says the table)."""
@@ -523,13 +530,12 @@ def progress_bar(total: int, description: str) -> Iterator[Callable[[str], None]
     except ImportError:
         yield lambda text: None
         return
-    layout = "{desc} {percentage:3.0f}% |{bar:30}| {elapsed} {postfix}"
-    with tqdm(total=total, desc=description, leave=False, bar_format=layout) as bar:
+    layout = description + " {percentage:3.0f}% |{bar:30}| {elapsed}  {desc}"
+    with tqdm(total=total, leave=False, bar_format=layout) as bar:
 
         def step(text: str) -> None:
-            bar.set_postfix_str(text, refresh=False)
             bar.update()
-            bar.refresh()
+            bar.set_description_str(text)
 
         yield step
 

@@ -212,7 +212,22 @@ def test_power_text(value, text):
     assert bench_kl.power_text(value) == text
 
 
-def test_report_writes_strict_json_and_figures(tmp_path):
+@pytest.mark.parametrize(
+    ("ratio", "text"), [(0.5, "0.50×"), (9.99, "9.99×"), (9.996, "10.0×"), (393.4, "393×"), (float("nan"), "–")]
+)
+def test_ratio_text(ratio, text):
+    assert harness.ratio_text(ratio) == text
+
+
+def test_a_busy_machine_is_noted(monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+    assert "load 1000.0 on" in Report("made", {}).table()
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.1, 0.0, 0.0))
+    assert Report("made", {}).notes == []
+
+
+def test_report_writes_strict_json_and_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     report = Report("made", {"out": tmp_path, "shapes": [(2, 3)]})
     report.add(made_case())
     report.note("a note")
