@@ -121,9 +121,9 @@ def measure(
 
     A round calls every peer once (small inputs: as often as fills `SLOT_S`), and each round begins with
     another peer, so that a change of the machine's pace hits all of them alike. Rounds go on until the budget
-    is spent. Beside the peers runs the limit: a plain copy of as many bytes as any
-    version must move, half of them read and half written, into as many newly allocated tensors as an
-    out-of-place op returns (fresh memory costs page faults that no op can avoid) or into one that stands.
+    is spent. Beside the peers runs the limit: a plain copy of as many bytes as any version must move, half of
+    them read and half written, into as many newly allocated tensors as an out-of-place op returns (fresh
+    memory costs page faults that no op can avoid) or, for an op in place, into a tensor that stands.
 
     On CUDA a call is timed by events, with the L2 cache flushed before it; where the inputs are small,
     several calls in a row are timed, so that the overhead of the launch counts.
@@ -160,7 +160,7 @@ def measure(
             alive.append(peer)
         except Exception as error:  # a peer is a guest: whatever it throws, the others go on
             skipped[peer.name] = first_line(error)
-    copies = copy_peers(bytes_moved, outputs, device) if bytes_moved else []
+    copies = copy_peers(bytes_moved, outputs, len(sets), device) if bytes_moved else []
     progress(f"{label} {group}: rounds")
     clock = _CudaClock(device, flush=not small) if torch.device(device).type == "cuda" else _cpu_clock
     samples, calls = rounds([*alive, *copies], sets, clock, budget_s=budget_s, min_rounds=min_rounds, single=not small)
@@ -224,9 +224,8 @@ def rounds(
 
 def summarise(name: str, seconds: Sequence[float], calls_per_round: int, peak: int | None) -> Timing:
     """Median and quartiles of one peer's seconds per call."""
-    lower, median, upper = statistics.quantiles(
-        [*seconds, seconds[0]] if len(seconds) == 1 else seconds, n=4, method="inclusive"
-    )
+    several = seconds if len(seconds) > 1 else [*seconds, *seconds]
+    lower, median, upper = statistics.quantiles(several, n=4, method="inclusive")
     return Timing(name, median, lower, upper, len(seconds), calls_per_round, peak)
 
 
@@ -256,13 +255,26 @@ class _CudaClock:
         return float(begin.elapsed_time(end)) / 1e3
 
 
-def copy_peers(bytes_moved: int, outputs: int, device: str) -> list[Peer]:
-    """The limit first: plain copies that move as many bytes, half read and half written."""
+def copy_peers(bytes_moved: int, outputs: int, sets: int, device: str) -> list[Peer]:
+    """The limit first: plain copies that move as many bytes, half read and half written.
+
+    Args:
+        bytes_moved: bytes read plus bytes written.
+        outputs: in how many tensors; 0 where nothing is allocated.
+        sets: how many sets of memory the copies rotate through, as the peers do through their inputs.
+        device: where the memory lies.
+    """
     each = max(1, bytes_moved // (2 * max(1, outputs)))
-    sources = [torch.zeros(each, dtype=torch.uint8, device=device) for _ in range(max(1, outputs))]
-    targets = [torch.zeros_like(source) for source in sources]
-    reused = Peer(COPY_REUSED, lambda *_: [t.copy_(s) for t, s in zip(targets, sources, strict=True)])
-    fresh = Peer(COPY_FRESH, lambda *_: [s.clone() for s in sources])
+
+    def memory() -> Iterator[list[torch.Tensor]]:
+        buffers = [
+            [torch.zeros(each, dtype=torch.uint8, device=device) for _ in range(outputs or 1)] for _ in range(sets)
+        ]
+        return itertools.cycle(buffers)
+
+    sources, targets = memory(), memory()
+    reused = Peer(COPY_REUSED, lambda *_: [t.copy_(s) for t, s in zip(next(targets), next(sources), strict=True)])
+    fresh = Peer(COPY_FRESH, lambda *_: [source.clone() for source in next(sources)])
     return [fresh, reused] if outputs else [reused]
 
 
@@ -381,29 +393,35 @@ def quartiles_text(timing: Timing) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """Three digits and a unit: 12.3 µs."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * factor >= 1 or unit == "µs":
-            value = seconds * factor
-            return f"{value:.{max(0, 2 - int(math.log10(value))) if value >= 1 else 2}f} {unit}"
-    raise AssertionError  # the loop's last unit always returns
+    """A time in the unit that keeps it short: 12.3 µs."""
+    for unit in ("s", "ms"):
+        if seconds >= 0.9995:
+            return f"{three_digits(seconds)} {unit}"
+        seconds *= 1000
+    return f"{three_digits(seconds)} µs"
 
 
 def bytes_text(size: float | None) -> str:
     """A size in the unit that keeps it short: 125 MB."""
     if size is None:
         return "–"
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}" if unit != "B" else f"{size:.0f} B"
+    if size < 1000:
+        return f"{size:.0f} B"
+    for unit in ("kB", "MB"):
         size /= 1000
-    return f"{size:.3g} GB"
+        if size < 999.5:
+            return f"{three_digits(size)} {unit}"
+    return f"{three_digits(size / 1000)} GB"
 
 
 def ratio_text(ratio: float) -> str:
     """A speed-up: 3.42×."""
-    digits = 2 if ratio < 9.995 else 1 if ratio < 99.95 else 0
-    return "–" if math.isnan(ratio) else f"{ratio:.{digits}f}×"
+    return "–" if math.isnan(ratio) else f"{three_digits(ratio)}×"
+
+
+def three_digits(value: float) -> str:
+    """At most two decimals, and three digits where that allows: 0.02, 1.23, 12.3, 123."""
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
 
 
 LEGEND = """\
@@ -542,7 +560,7 @@ def progress_bar(total: int, description: str) -> Iterator[Callable[[str], None]
 
 # --------------------------------------------------------------------------------------------------- plots
 
-OURS = "#0072B2"
+OUR_COLOUR = "#0072B2"
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#8C8C8C")
 """Okabe and Ito's palette and a grey, told apart by colour-blind readers; ours is always the same blue."""
 
@@ -589,7 +607,7 @@ def plotting() -> Iterator[Any]:
 def colours(names: Sequence[str], ours: str) -> dict[str, str]:
     """A colour per peer, the same in every panel."""
     others = itertools.cycle(COLOURS)
-    return {name: OURS if name == ours else next(others) for name in names}
+    return {name: OUR_COLOUR if name == ours else next(others) for name in names}
 
 
 def speed_figure(cases: Sequence[Case], ours: str, title: str, caption: str = "") -> Any:

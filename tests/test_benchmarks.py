@@ -121,13 +121,15 @@ def test_measure_without_a_limit_and_without_survivors():
 
 @pytest.mark.parametrize(("bytes_moved", "outputs"), [(1024, 2), (1024, 1), (1000, 3), (6, 2), (1, 1)])
 def test_the_copy_moves_the_bytes_of_the_limit(bytes_moved, outputs):
-    fresh, reused = harness.copy_peers(bytes_moved, outputs, "cpu")
+    fresh, reused = harness.copy_peers(bytes_moved, outputs, 3, "cpu")
     copies = fresh.call()
     assert len(copies) == outputs
     # as many read as written, to the byte but for what the division leaves over
     assert abs(2 * sum(copy.nbytes for copy in copies) - bytes_moved) < 2 * outputs + 1
-    assert [x.data_ptr() for x in reused.call()] == [x.data_ptr() for x in reused.call()]
-    assert [peer.name for peer in harness.copy_peers(bytes_moved, 0, "cpu")] == [harness.COPY_REUSED]
+    turns = [tuple(x.data_ptr() for x in reused.call()) for _ in range(6)]
+    assert turns[:3] == turns[3:]
+    assert len(set(turns)) == 3
+    assert [peer.name for peer in harness.copy_peers(bytes_moved, 0, 1, "cpu")] == [harness.COPY_REUSED]
 
 
 def test_peak_memory_counts_every_tensor_that_stands_at_once():
@@ -177,6 +179,8 @@ def test_case_rows_hold_ratios_shares_and_who_is_missing():
     [
         (1.234, "1.23 s"),
         (0.1234, "123 ms"),
+        (0.9997, "1.00 s"),
+        (9.997e-4, "1.00 ms"),
         (1.2e-3, "1.20 ms"),
         (99.6e-6, "99.6 µs"),
         (1.5e-6, "1.50 µs"),
@@ -189,7 +193,15 @@ def test_seconds_text(seconds, text):
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(None, "–"), (0, "0 B"), (999, "999 B"), (1536, "1.54 kB"), (125_017_000, "125 MB"), (3e9, "3 GB")],
+    [
+        (None, "–"),
+        (0, "0 B"),
+        (999, "999 B"),
+        (999_600, "1.00 MB"),
+        (1536, "1.54 kB"),
+        (125_017_000, "125 MB"),
+        (3e9, "3.00 GB"),
+    ],
 )
 def test_bytes_text(size, text):
     assert harness.bytes_text(size) == text
