@@ -61,7 +61,7 @@ class Evidence:
     @property
     def loads(self) -> Counter[int]:
         """Instructions that read global memory, by the bytes that a thread reads with one."""
-        return self._accesses(r"LDG\b", r"(global|buffer|flat)_load_")
+        return self._accesses(r"LDG(STS)?\b", r"(global|buffer|flat)_load_")
 
     @property
     def stores(self) -> Counter[int]:

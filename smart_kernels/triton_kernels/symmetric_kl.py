@@ -48,10 +48,12 @@ def _softmax(x, mass):
 
 
 @triton.jit
-def _sum_and_difference(p, q, t):
-    """The tensors w = p + q and x = p - q, given t = log(p / q)."""
-    w = p + q
-    return w, tl.where(tl.abs(t) <= _SMALL, w * _tanh_half(t), p - q)
+def _difference(p, q, d, s):
+    """The tensors w = p + q, x = p - q and t = log(p / q) = d - s, with d = a - b."""
+    w, t = p + q, d - s[:, None]
+    # Beyond |s| = 1024 the rounding of t is more than what p - q loses.
+    near = tl.abs(t) <= tl.where(tl.abs(s) <= 1024, _SMALL, -1)[:, None]
+    return w, tl.where(near, w * _tanh_half(t), p - q), t
 
 
 @triton.jit
@@ -63,13 +65,13 @@ def _compare(a, mass_a, b, mass_b, d):
     p, top_a, sum_a = _softmax(a, mass_a)
     q, top_b, sum_b = _softmax(b, mass_b)
     s = tl.where(top_a == top_b, 0, top_a - top_b) + tl.where(sum_a == sum_b, 0, tl.log(sum_a / sum_b))
-    t = d - s[:, None]
-    w, x = _sum_and_difference(p, q, t)
+    w, x, t = _difference(p, q, d, s)
     # s is good to 1e-7 only, which is much where all t are 1e-6; but its error is what Σ x shows, as Σ p = Σ q.
     error = tl.sum(x, 1)
     t -= error[:, None]
     x -= (0.5 * error)[:, None] * w
-    return w, x, t, s + error, tl.sum(x * t, 1), tl.sum(w * t, 1), top_a, sum_a, top_b, sum_b
+    # x and t have one sign. That |x t| is no fused multiply-add gives all lanes that add up a row the same bits.
+    return w, x, t, s + error, tl.sum(tl.abs(x * t), 1), tl.sum(w * t, 1), top_a, sum_a, top_b, sum_b
 
 
 @triton.jit
@@ -162,9 +164,11 @@ def _symmetric_kl_kernel(
             loss += 0.5 * tl.sum(w * losses + x * skews, 1)
             skew += 0.5 * tl.sum(w * skews + x * losses, 1)
 
-    # Where the sums are numbers but the loss is none, a class is masked in one alone: 0 * inf, or inf - inf.
-    number = loss < float("inf")
-    loss = tl.where(number, tl.maximum(loss, 0), tl.where(sum_a * sum_b > 0, float("inf"), float("nan")))
+    # Sums are no positive numbers in a row with a NaN or +inf, or of nothing but -inf. Where they are, but the loss is
+    # no number, a class is masked in one tensor alone: 0 * inf, or inf - inf.
+    defined = sum_a * sum_b > 0
+    finite = defined & (loss < float("inf"))
+    loss = tl.where(defined, tl.where(finite, tl.maximum(loss, 0), float("inf")), float("nan"))
     scale = (zero + 1) / count
     if total_ptr is not None:
         scale /= tl.load(total_ptr)
@@ -177,7 +181,7 @@ def _symmetric_kl_kernel(
         tl.store(loss_ptr + rows, tl.where(skip, 0 * scale, weight * scale * loss), mask=live)
 
     if grad_a_ptr is not None or grad_b_ptr is not None:
-        scale = tl.where(number, weight * scale, float("nan"))
+        scale = tl.where(finite, weight * scale, float("nan"))
         if upstream_ptr is not None:
             scale *= tl.load(upstream_ptr + rows * upstream_stride, mask=live, other=0)
         kl_pq, kl_qp = 0.5 * (loss + skew), 0.5 * (loss - skew)
@@ -189,10 +193,9 @@ def _symmetric_kl_kernel(
                 mask = live[:, None] & (cols < N_COLS - start)
                 a = _load(a_tile, tl.cast(start, tl.int64) * a_col_stride, mask, COMPUTE)
                 b = _load(b_tile, tl.cast(start, tl.int64) * b_col_stride, mask, COMPUTE)
-                t = _log_ratio(a, b) - s[:, None]
                 p = tl.exp(a - top_a[:, None]) * (1 / sum_a)[:, None]
                 q = tl.exp(b - top_b[:, None]) * (1 / sum_b)[:, None]
-                w, x = _sum_and_difference(p, q, t)
+                w, x, t = _difference(p, q, _log_ratio(a, b), s)
                 _store_gradients(
                     grad_a_ptr, grad_b_ptr, out_tile + start, mask, w, x, t, kl_pq, kl_qp, scale, skip, DETACH
                 )
@@ -309,6 +312,13 @@ def symmetric_kl_backward(
 ) -> tuple[Tensor, Tensor]:
     """The op `smart_kernels::symmetric_kl_backward` on a GPU."""
     return _launch(grad_output, input, target, weight, reduction, detach_targets, None, input_grad, target_grad)
+
+
+def symmetric_kl_grad(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, detach_targets: bool
+) -> Tensor:
+    """The op `smart_kernels::symmetric_kl_grad` on a GPU."""
+    return _launch(None, input, target, weight, reduction, detach_targets, None, True, False)[0]
 
 
 def symmetric_kl_forward_backward(
