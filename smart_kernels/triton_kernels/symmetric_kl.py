@@ -1,0 +1,340 @@
+"""Symmetric KL divergence of two tensors of logits in Triton: one kernel, and the launchers of its three ops.
+
+With p = softmax(a), q = softmax(b), t = log(p / q), w = p + q and x = p - q, a row's loss is Σ x t. No term of it is
+negative, and neither t nor x is formed from two logarithms or probabilities that agree in all but the last digits:
+
+    t = a - b - s,  s = logsumexp(a) - logsumexp(b);   x = w tanh(t / 2), or p - q where |t| is not small.
+
+The other sum, skew = Σ w t = KL(p||q) - KL(q||p), gives both divergences, and with them the gradients:
+
+    ∂loss/∂a = p (t - KL(p||q)) + x,   ∂loss/∂b = -q (t + KL(q||p)) - x.
+
+A row that fits into the registers of a program is read once. A longer one is compared block by block; each block is
+then merged with the part of the row before it, the two compared like two classes, by the chain rule of the divergence.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from smart_kernels import reference
+
+_SMALL = tl.constexpr(reference.SMALL)
+
+
+@triton.jit
+def _tanh_half(t):
+    """tanh(t / 2) for |t| <= 0.5: to 3e-9 of it by a minimax polynomial, in fp64 to 1e-16 by a continued fraction."""
+    u = t * t
+    if t.dtype == tl.float64:
+        u *= 0.25
+        return 0.5 * t / (1 + u / (3 + u / (5 + u / (7 + u / (9 + u / 11)))))
+    return t * (0.5 + u * (-0.04166655011 + u * (0.004163823945 - u * 0.0004017970926)))
+
+
+@triton.jit
+def _softmax(x, mass):
+    """The probabilities of classes with logits x + log(mass); the largest x and the sum of each row."""
+    top = tl.max(x, 1)
+    # A block of nothing but absent classes has no mass; -inf - -inf and 0 / 0 must not spoil the row that it is in.
+    exp = mass * tl.exp(x - tl.where(top == -float("inf"), 0, top)[:, None])
+    total = tl.sum(exp, 1)
+    return exp * tl.where(total == 0, 0, 1 / total)[:, None], top, total
+
+
+@triton.jit
+def _difference(p, q, d, s):
+    """The tensors w = p + q, x = p - q and t = log(p / q) = d - s, with d = a - b."""
+    w, t = p + q, d - s[:, None]
+    # Beyond |s| = 1024 the rounding of t is more than what p - q loses.
+    near = tl.abs(t) <= tl.where(tl.abs(s) <= 1024, _SMALL, -1)[:, None]
+    return w, tl.where(near, w * _tanh_half(t), p - q), t
+
+
+@triton.jit
+def _compare(a, mass_a, b, mass_b, d):
+    """Compare two distributions over classes of logits a + log(mass_a) and b + log(mass_b), which differ by d.
+
+    Returns w, x and t of each class; of each row s, the loss, the skew, and the maximum and sum of each softmax.
+    """
+    p, top_a, sum_a = _softmax(a, mass_a)
+    q, top_b, sum_b = _softmax(b, mass_b)
+    s = tl.where(top_a == top_b, 0, top_a - top_b) + tl.where(sum_a == sum_b, 0, tl.log(sum_a / sum_b))
+    w, x, t = _difference(p, q, d, s)
+    # s is good to 1e-7 only, which is much where all t are 1e-6; but its error is what Σ x shows, as Σ p = Σ q.
+    error = tl.sum(x, 1)
+    t -= error[:, None]
+    x -= (0.5 * error)[:, None] * w
+    # x and t have one sign. That |x t| is no fused multiply-add gives all lanes that add up a row the same bits.
+    return w, x, t, s + error, tl.sum(tl.abs(x * t), 1), tl.sum(w * t, 1), top_a, sum_a, top_b, sum_b
+
+
+@triton.jit
+def _log_ratio(a, b):
+    """The difference a - b, and 0 for a class that is absent, -inf in both."""
+    d = a - b  # a row that holds a NaN gets it back from its sums
+    return tl.where(d == d, d, 0)
+
+
+@triton.jit
+def _load(ptr, offsets, mask, COMPUTE: tl.constexpr):
+    return tl.load(ptr + offsets, mask=mask, other=-float("inf")).to(COMPUTE)
+
+
+@triton.jit
+def _store_gradients(grad_a_ptr, grad_b_ptr, offsets, mask, w, x, t, kl_pq, kl_qp, scale, skip, DETACH: tl.constexpr):
+    half, grad_a = (0.5 * scale)[:, None], scale[:, None] * x
+    grad_b = -grad_a
+    if not DETACH:
+        grad_a += half * (w + x) * (t - kl_pq[:, None])
+        grad_b -= half * (w - x) * (t + kl_qp[:, None])
+    if grad_a_ptr is not None:
+        tl.store(grad_a_ptr + offsets, tl.where(skip[:, None], 0, grad_a).to(grad_a_ptr.dtype.element_ty), mask=mask)
+    if grad_b_ptr is not None:
+        tl.store(grad_b_ptr + offsets, tl.where(skip[:, None], 0, grad_b).to(grad_b_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_rows", "count", "a_outer_stride", "b_outer_stride"])
+def _symmetric_kl_kernel(
+    a_ptr,
+    b_ptr,
+    weight_ptr,  # (n_rows) or None
+    upstream_ptr,  # the gradient that comes in, (n_rows), or (1) with stride 0, or None for ones
+    total_ptr,  # what the sum of the rows is divided by, (1), or None for `count`
+    loss_ptr,  # (n_rows), or None; so the gradients
+    grad_a_ptr,
+    grad_b_ptr,
+    n_rows,
+    n_inner,
+    count,
+    a_outer_stride,
+    a_inner_stride,
+    a_col_stride,
+    b_outer_stride,
+    b_inner_stride,
+    b_col_stride,
+    weight_stride,
+    upstream_stride,
+    N_COLS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    DETACH: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """BLOCK_M rows per program: their losses and gradients, as far as there are tensors for them."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = (rows < n_rows) if BLOCK_M > 1 else (rows >= 0)
+    cols = tl.arange(0, BLOCK_N)[None, :]
+    # Strides of rows come in units of ALIGN elements: from this product the compiler sees how wide it may access.
+    outer, inner = rows // n_inner, rows % n_inner
+    a_rows = a_ptr + (ALIGN * (outer * a_outer_stride + inner * a_inner_stride))[:, None]
+    b_rows = b_ptr + (ALIGN * (outer * b_outer_stride + inner * b_inner_stride))[:, None]
+    a_tile = a_rows + cols.to(tl.int64) * a_col_stride
+    b_tile = b_rows + cols.to(tl.int64) * b_col_stride
+
+    zero = tl.zeros((BLOCK_M,), COMPUTE)
+    mask = live[:, None] & (cols < N_COLS)
+    if N_COLS <= BLOCK_N:
+        a = _load(a_tile, 0, mask, COMPUTE)
+        b = _load(b_tile, 0, mask, COMPUTE)
+        w, x, t, s, loss, skew, top_a, sum_a, top_b, sum_b = _compare(a, 1.0, b, 1.0, _log_ratio(a, b))
+    else:
+        s, loss, skew, sum_a, sum_b = zero, zero, zero, zero, zero
+        top_a, top_b = zero - float("inf"), zero - float("inf")
+        for start in range(0, N_COLS, BLOCK_N):
+            mask = live[:, None] & (cols < N_COLS - start)
+            a = _load(a_tile, tl.cast(start, tl.int64) * a_col_stride, mask, COMPUTE)
+            b = _load(b_tile, tl.cast(start, tl.int64) * b_col_stride, mask, COMPUTE)
+            _, _, _, s_, loss_, skew_, top_a_, sum_a_, top_b_, sum_b_ = _compare(a, 1.0, b, 1.0, _log_ratio(a, b))
+            losses, skews = tl.join(loss, loss_), tl.join(skew, skew_)
+            w, x, _, s, loss, skew, top_a, sum_a, top_b, sum_b = _compare(
+                tl.join(top_a, top_a_),
+                tl.join(sum_a, sum_a_),
+                tl.join(top_b, top_b_),
+                tl.join(sum_b, sum_b_),
+                tl.join(s, s_),
+            )
+            # KL(p||q) is that of the two parts plus the mean, weighted by p, of that within each; so is KL(q||p).
+            loss += 0.5 * tl.sum(w * losses + x * skews, 1)
+            skew += 0.5 * tl.sum(w * skews + x * losses, 1)
+
+    # Sums are no positive numbers in a row with a NaN or +inf, or of nothing but -inf. Where they are, but the loss is
+    # no number, a class is masked in one tensor alone: 0 * inf, or inf - inf.
+    defined = sum_a * sum_b > 0
+    finite = defined & (loss < float("inf"))
+    loss = tl.where(defined, tl.where(finite, tl.maximum(loss, 0), float("inf")), float("nan"))
+    scale = (zero + 1) / count
+    if total_ptr is not None:
+        scale /= tl.load(total_ptr)
+    weight = zero + 1
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + rows * weight_stride, mask=live, other=0)
+    skip = weight == 0
+    if loss_ptr is not None:
+        # 0 * scale is NaN where the weights of all rows are 0: there is no mean.
+        tl.store(loss_ptr + rows, tl.where(skip, 0 * scale, weight * scale * loss), mask=live)
+
+    if grad_a_ptr is not None or grad_b_ptr is not None:
+        scale = tl.where(finite, weight * scale, float("nan"))
+        if upstream_ptr is not None:
+            scale *= tl.load(upstream_ptr + rows * upstream_stride, mask=live, other=0)
+        kl_pq, kl_qp = 0.5 * (loss + skew), 0.5 * (loss - skew)
+        out_tile = (rows * N_COLS)[:, None] + cols
+        if N_COLS <= BLOCK_N:
+            _store_gradients(grad_a_ptr, grad_b_ptr, out_tile, mask, w, x, t, kl_pq, kl_qp, scale, skip, DETACH)
+        else:
+            for start in range(0, N_COLS, BLOCK_N):
+                mask = live[:, None] & (cols < N_COLS - start)
+                a = _load(a_tile, tl.cast(start, tl.int64) * a_col_stride, mask, COMPUTE)
+                b = _load(b_tile, tl.cast(start, tl.int64) * b_col_stride, mask, COMPUTE)
+                p = tl.exp(a - top_a[:, None]) * (1 / sum_a)[:, None]
+                q = tl.exp(b - top_b[:, None]) * (1 / sum_b)[:, None]
+                w, x, t = _difference(p, q, _log_ratio(a, b), s)
+                _store_gradients(
+                    grad_a_ptr, grad_b_ptr, out_tile + start, mask, w, x, t, kl_pq, kl_qp, scale, skip, DETACH
+                )
+
+
+def _tile(n_cols: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Rows and columns of a program's tile, and its warps: all launches are tuned here.
+
+    A thread holds three numbers for each of its elements from the first reduction to the last store. 32 elements in
+    fp32 leave room for two programs of 8 warps on a multiprocessor; rows up to there stay in registers. A longer row
+    goes by in blocks of half that size, so that the accumulated state fits in as well.
+    """
+    limit = 4096 if dtype == torch.float64 else 8192
+    block_n = triton.next_power_of_2(n_cols)
+    if block_n > limit:
+        return 1, limit // 2, 8
+    return max(1, min(32, limit // 16 // block_n)), block_n, max(1, 8 * block_n // limit)
+
+
+def _layout(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, list[list[int]]]:
+    """The tensors, and their leading dimensions as exactly two of [size, stride of input, stride of target].
+
+    Neighbours are merged as far as both tensors allow, so that slices such as logits[:, :-1] and transposed batches
+    need no copy; what cannot be brought down to two dimensions is reshaped.
+    """
+    groups: list[list[int]] = []
+    for size, *strides in zip(input.shape[:-1], input.stride(), target.stride(), strict=False):
+        if groups and groups[-1][1:] == [size * stride for stride in strides]:
+            groups[-1] = [groups[-1][0] * size, *strides]
+        elif size > 1:
+            groups.append([size, *strides])
+    if len(groups) > 2:
+        return _layout(input.reshape(-1, input.size(-1)), target.reshape(-1, target.size(-1)))
+    return input, target, groups + [[1, 0, 0]] * (2 - len(groups))
+
+
+def _launch(
+    grad_output: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    detach_targets: bool,
+    loss: Tensor | None,
+    input_grad: bool,
+    target_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Fill `loss`, one number per row, where it is given; return the gradients, each empty if not asked for."""
+    grads = input.new_empty(input.shape if input_grad else 0), target.new_empty(target.shape if target_grad else 0)
+    n_cols = input.size(-1)
+    n_rows = input.numel() // n_cols
+    if n_rows == 0:
+        return grads
+    total, count = None, 1
+    match reference.REDUCTIONS[reduction]:
+        case "batchmean":
+            count = input.size(0)
+        case "mean" if weight is not None:
+            total = weight.sum()
+        case "mean":
+            count = n_rows
+    weight = None if weight is None else weight.reshape(-1)
+    upstream = None if grad_output is None else grad_output.reshape(-1)
+    input, target, (outer, inner) = _layout(input, target)
+    align = math.gcd(16, *outer[1:], *inner[1:])
+    block_m, block_n, num_warps = _tile(n_cols, input.dtype)
+    with torch.cuda.device_of(input):
+        _symmetric_kl_kernel[(triton.cdiv(n_rows, block_m),)](
+            input,
+            target,
+            weight,
+            upstream,
+            total,
+            loss,
+            grads[0] if input_grad else None,
+            grads[1] if target_grad else None,
+            n_rows,
+            inner[0],
+            count,
+            outer[1] // align,
+            inner[1] // align,
+            input.stride(-1),
+            outer[2] // align,
+            inner[2] // align,
+            target.stride(-1),
+            0 if weight is None else weight.stride(0),
+            0 if upstream is None or upstream.numel() == 1 else upstream.stride(0),
+            N_COLS=n_cols,
+            ALIGN=align,
+            DETACH=detach_targets,
+            COMPUTE=tl.float64 if input.dtype == torch.float64 else tl.float32,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            num_warps=num_warps,
+            enable_fp_fusion=True,
+        )
+    return grads
+
+
+def symmetric_kl(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, detach_targets: bool) -> Tensor:
+    """The op `smart_kernels::symmetric_kl` on a GPU."""
+    return symmetric_kl_forward_backward(input, target, weight, reduction, detach_targets, False, False)[0]
+
+
+def symmetric_kl_backward(
+    grad_output: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    detach_targets: bool,
+    input_grad: bool,
+    target_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """The op `smart_kernels::symmetric_kl_backward` on a GPU."""
+    return _launch(grad_output, input, target, weight, reduction, detach_targets, None, input_grad, target_grad)
+
+
+def symmetric_kl_grad(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, detach_targets: bool
+) -> Tensor:
+    """The op `smart_kernels::symmetric_kl_grad` on a GPU."""
+    return _launch(None, input, target, weight, reduction, detach_targets, None, True, False)[0]
+
+
+def symmetric_kl_forward_backward(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    detach_targets: bool,
+    input_grad: bool,
+    target_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `smart_kernels::symmetric_kl_forward_backward` on a GPU."""
+    if input.numel() == 0:
+        return reference.symmetric_kl_forward_backward(
+            input, target, weight, reduction, detach_targets, input_grad, target_grad
+        )
+    loss = input.new_empty(input.shape[:-1], dtype=reference.compute_dtype(input))
+    grads = _launch(None, input, target, weight, reduction, detach_targets, loss, input_grad, target_grad)
+    return (loss.sum() if reduction else loss, *grads)

@@ -1,0 +1,60 @@
+"""Every Triton kernel compiled ahead of time for cards that are not there: registers, spills, width of the accesses.
+
+A kernel is added with a function of classes or features and dtype that returns a launcher and its arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from gpu_evidence import TARGETS, ahead_of_time
+
+from smart_kernels.triton_kernels import symmetric_kl
+
+Launch = tuple[Callable[..., Any], tuple[Any, ...]]
+MEAN, BATCHMEAN = 2, 3
+
+
+def loss_and_gradients(cols: int, dtype: torch.dtype) -> Launch:
+    a, b = torch.empty(2, 64, cols, dtype=dtype)
+    return symmetric_kl.symmetric_kl_forward_backward, (a, b, None, BATCHMEAN, False, True, True)
+
+
+def loss_alone(cols: int, dtype: torch.dtype) -> Launch:
+    a, b = torch.empty(2, 64, cols, dtype=dtype)
+    return symmetric_kl.symmetric_kl, (a, b, None, BATCHMEAN, False)
+
+
+def gradient_of_one_side(cols: int, dtype: torch.dtype) -> Launch:
+    a, b = torch.empty(2, 64, cols, dtype=dtype)
+    return symmetric_kl.symmetric_kl_grad, (a, b, None, BATCHMEAN, False)
+
+
+NARROW = (torch.float32, torch.bfloat16)
+CASES = [
+    *((loss_and_gradients, cols, dtype) for cols in (3, 1024, 30522, 131072) for dtype in NARROW),
+    *((launch, 1024, torch.bfloat16) for launch in (loss_alone, gradient_of_one_side)),
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("launch", "cols", "dtype"), CASES, ids=[f"{case[0].__name__}-{case[1]}-{case[2]}" for case in CASES]
+)
+def test_no_spills_and_accesses_as_wide_as_rows_are_aligned(
+    target: str, launch: Callable[[int, torch.dtype], Launch], cols: int, dtype: torch.dtype
+) -> None:
+    launcher, arguments = launch(cols, dtype)
+    (evidence,) = ahead_of_time(target, launcher, *arguments)
+    width = math.gcd(16, cols * dtype.itemsize)
+    assert evidence.spills == 0
+    assert set(evidence.loads) == {width}
+    assert launch is loss_alone or evidence.stores[width] > 0
+    # Beside the gradients, one store of the rows' losses is left.
+    assert sum(count for bytes_, count in evidence.stores.items() if bytes_ != width) <= 1
