@@ -1,10 +1,18 @@
 """Smoothness-regularised fine-tuning (SMART, arXiv 1911.03437): exact, fast and drop-in."""
 
 from smart_kernels.ops._library import load_compiled
+from smart_kernels.ops.perturbation import init_perturbation, perturbation_step, perturbation_step_
 from smart_kernels.ops.symmetric_kl import SymmetricKLLoss, symmetric_kl, symmetric_kl_grad
 
 COMPILED = load_compiled()
 """The extension modules of compiled kernels: None where one is loaded, else why it is not."""
 
 __version__ = "0.1.0"
-__all__ = ["SymmetricKLLoss", "symmetric_kl", "symmetric_kl_grad"]
+__all__ = [
+    "SymmetricKLLoss",
+    "init_perturbation",
+    "perturbation_step",
+    "perturbation_step_",
+    "symmetric_kl",
+    "symmetric_kl_grad",
+]

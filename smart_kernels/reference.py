@@ -14,6 +14,11 @@ from torch import Tensor
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 """The code of a reduction in the ops' schemas is its place here."""
 
+NORMS = ("linf", "l2")
+SCOPES = ("sample", "token")
+ASCENTS = ("normalized", "sign", "raw")
+"""The codes of these options, likewise."""
+
 SMALL = 0.5
 """Up to here exp(x) - 1 is taken as expm1(x); beyond, the difference of two probabilities is exact enough."""
 
@@ -138,3 +143,115 @@ def _symmetric_kl_rows(input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     kl_qp = torch.where((undefined | infinite).unsqueeze(-1), math.nan, kl_qp)
     difference = torch.where((undefined | infinite).unsqueeze(-1), math.nan, difference)
     return loss, t, p, q, difference, kl_pq, kl_qp
+
+
+def init_perturbation(embeds: Tensor, seed: Tensor, mask: Tensor | None, std: float) -> Tensor:
+    """N(0, std^2) at every position that the mask keeps; element i depends on the seed and i alone.
+
+    Each 128 bits of Philox make four numbers. Of 64 elements in a row, those numbers go 16 places apart, so
+    that a vector of neighbouring elements comes from a vector of neighbouring counters.
+    """
+    blocks = -(-embeds.numel() // 64) * 16
+    words = _philox(seed.reshape(()), torch.arange(blocks, device=embeds.device))
+    pairs = [z for i in (0, 2) for z in _box_muller(words[i], words[i + 1])]
+    normal = torch.stack([z.view(-1, 16) for z in pairs], 1).flatten()[: embeds.numel()]
+    delta = normal.view(embeds.shape).to(compute_dtype(embeds)) * std
+    return delta if mask is None else torch.where(mask.unsqueeze(-1) != 0, delta, 0)
+
+
+def _philox(seed: Tensor, counter: Tensor) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011): four words of 32 bits for each counter, in int64."""
+    low = 0xFFFFFFFF
+    key = [seed & low, seed >> 32 & low]
+    x = [counter & low, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)]
+    for _ in range(10):
+        a, b = x[0] * 0xD2511F53, x[2] * 0xCD9E8D57  # int64 wraps, which leaves all 64 bits as they should be
+        x = [b >> 32 & low ^ x[1] ^ key[0], b & low, a >> 32 & low ^ x[3] ^ key[1], a & low]
+        key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
+    return x
+
+
+def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two numbers of N(0, 1) in fp32 from two words of 32 bits."""
+    radius = torch.sqrt(-2 * torch.log((a >> 1).float() * 2.0**-31 + 2.0**-32))  # up to 6.66
+    quarter = (b + 2**29) >> 30  # the angle b 2^-32 of a turn: the nearest quarter, and what remains, exactly
+    angle = (b - (quarter << 30)).float() * (math.pi * 2.0**-31)
+    sin, cos = torch.sin(angle), torch.cos(angle)
+    odd = quarter & 1 == 1
+    x, y = torch.where(odd, sin, cos), torch.where(odd, cos, sin)
+    x = torch.where((quarter + 1) & 2 == 2, -x, x)
+    return radius * x, radius * torch.where(quarter & 2 == 2, -y, y)
+
+
+def perturbation_step(
+    delta: Tensor,
+    grad: Tensor,
+    mask: Tensor | None,
+    skipped: Tensor | None,
+    step_size: float,
+    epsilon: float,
+    norm: int,
+    scope: int,
+    ascent: int,
+) -> Tensor:
+    """A step along the gradient, projected onto the ball of radius epsilon; see `ops.perturbation`."""
+    if not delta.numel():
+        return torch.empty_like(delta)
+    delta = delta.contiguous()
+    dims = tuple(range(1, delta.dim())) if SCOPES[scope] == "sample" else (-1,)
+    kept = torch.ones_like(delta[..., :1], dtype=torch.bool) if mask is None else mask.unsqueeze(-1) != 0
+    delta = torch.where(kept, delta, 0)
+    g = torch.where(kept, grad.to(delta.dtype), 0)
+    largest = g.abs().amax(dims, keepdim=True)
+    finite = largest < math.inf  # false for NaN
+    if skipped is not None:
+        skipped += (~finite).sum()
+    moves = finite & (largest > 0)
+    g = torch.where(moves, g / torch.where(moves, largest, 1), 0)  # no square of it over- or underflows
+    length = torch.full_like(largest, step_size)
+    match ASCENTS[ascent]:
+        case "normalized" if NORMS[norm] == "l2":
+            length = length / torch.where(moves, _norm(g, dims), 1)
+        case "sign":
+            g = g.sign()
+        case "raw":
+            length = length * torch.where(moves, largest, 0)
+    v = delta + g * length.clamp(max=1e28).to(delta.dtype)  # so long a step hides delta, and v is still finite
+    if NORMS[norm] == "linf":
+        bound = floor_to(epsilon, delta.dtype)
+        return v.clamp(-bound, bound)
+    # The margin is for the rounding of the result, so that its norm is no more than epsilon in any precision;
+    # where there was no step, a delta within the ball stays as it is.
+    size, inner = _norm(v, dims), epsilon * (1 - 4 * torch.finfo(v.dtype).eps)
+    outside = size > torch.where(moves, inner, epsilon)
+    return torch.where(outside, v * (inner / torch.where(outside, size, 1)).to(v.dtype), v)
+
+
+def perturbation_step_(
+    delta: Tensor,
+    grad: Tensor,
+    mask: Tensor | None,
+    skipped: Tensor | None,
+    step_size: float,
+    epsilon: float,
+    norm: int,
+    scope: int,
+    ascent: int,
+) -> None:
+    """`perturbation_step` in place."""
+    delta.copy_(perturbation_step(delta, grad, mask, skipped, step_size, epsilon, norm, scope, ascent))
+
+
+def floor_to(x: float, dtype: torch.dtype) -> float:
+    """The largest number of a dtype that is not above x >= 0: a bound that holds in both."""
+    if dtype == torch.float64:
+        return x
+    unit = max(math.frexp(x)[1] - 24, -149)
+    return min(math.ldexp(math.floor(math.ldexp(x, -unit)), unit), torch.finfo(dtype).max)
+
+
+def _norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The Euclidean norm, in fp64 where the device has it, with no overflow or underflow on the way."""
+    x = x if x.device.type == "mps" else x.double()
+    largest = x.abs().amax(dims, keepdim=True)
+    return largest * (x / torch.where(largest > 0, largest, 1)).square().sum(dims, keepdim=True).sqrt()

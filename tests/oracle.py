@@ -81,6 +81,92 @@ class SymmetricKL:
             compare(error, np.zeros_like(error), bar, f"gradient of {name}")
 
 
+class PerturbationStep:
+    """delta (B, ..., H) after a step along grad and the projection, in extended precision; mask (B, ...) or None."""
+
+    def __init__(
+        self,
+        delta: torch.Tensor,
+        grad: torch.Tensor,
+        mask: torch.Tensor | None,
+        step_size: float,
+        epsilon: float,
+        norm: str,
+        scope: str,
+        ascent: str,
+    ) -> None:
+        self.dtype, self.norm, self.epsilon = delta.dtype, norm, epsilon
+        self.dims = dims = -1 if scope == "token" else tuple(range(1, delta.dim()))
+        self.kept = kept = np.ones((*delta.shape[:-1], 1), bool) if mask is None else (wide(mask) != 0)[..., None]
+        delta, g = np.where(kept, wide(delta), 0), np.where(kept, wide(grad), 0)
+        finite = np.isfinite(g).all(dims, keepdims=True)
+        self.skipped = int((~finite).sum())
+        g = np.where(finite, g, 0)
+        size = self._norm(g) if ascent == "normalized" else WIDE(1)
+        step = step_size * (np.sign(g) if ascent == "sign" else g / np.where(size == 0, 1, size))
+        v = delta + step
+        if norm == "linf":
+            self.result = np.clip(v, -WIDE(epsilon), WIDE(epsilon))
+            # Where the result is within the ball, the step is no longer than |delta| + epsilon. Four roundings of
+            # delta and of the step, and the ball's own radius in the dtype of delta.
+            self.bar = 4 * self._eps() * (2 * np.abs(delta) + epsilon)
+        else:
+            size = self._norm(v)
+            keep = np.where(size > epsilon, epsilon / np.where(size == 0, 1, size), 1)
+            self.result = v * keep
+            # Four roundings of both terms and, as the result's norm must not exceed epsilon, of their norms' sum.
+            total = self._norm(delta) + self._norm(step)
+            relative = np.where(size == 0, 0, total / np.where(size == 0, 1, size))
+            terms = np.abs(delta) + np.abs(step) + np.abs(v) * relative
+            self.bar = 4 * self._eps() * keep * terms
+            if self.dtype == torch.float64:  # the sums' own error, here no longer far below the rest's
+                self.bar = self.bar + 1e-12 * keep * terms * relative
+
+    def check(self, out: torch.Tensor, skipped: torch.Tensor | None = None) -> None:
+        """Close to the truth, exactly within the ball, exactly 0 where masked, as often skipped."""
+        assert out.dtype == self.dtype
+        value = wide(out)
+        compare(value, self.result, self.bar + torch.finfo(self.dtype).smallest_normal * self._eps(), "delta")
+        assert (value[np.broadcast_to(~self.kept, value.shape)] == 0).all()
+        largest = np.abs(value).max(initial=0) if self.norm == "linf" else self._norm(value).max(initial=0)
+        assert largest <= self.epsilon
+        assert skipped is None or skipped.item() == self.skipped
+
+    def _eps(self) -> float:
+        return torch.finfo(self.dtype).eps
+
+    def _norm(self, x: np.ndarray) -> np.ndarray:
+        if self.norm == "linf":
+            return np.abs(x).max(self.dims, keepdims=True, initial=0)
+        return np.sqrt((x * x).sum(self.dims, keepdims=True))
+
+
+def philox(seed: int, counter: np.ndarray) -> np.ndarray:
+    """Philox4x32-10 of 128-bit counters (..., 4) of 32-bit words, as Salmon et al. (2011) give it."""
+    words = [counter[..., i].astype(np.uint64) for i in range(4)]
+    low = np.uint64(0xFFFFFFFF)
+    key = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32 & 0xFFFFFFFF)]
+    for _ in range(10):
+        a, b = words[0] * np.uint64(0xD2511F53), words[2] * np.uint64(0xCD9E8D57)
+        shift = np.uint64(32)
+        words = [(b >> shift) ^ words[1] ^ key[0], b & low, (a >> shift) ^ words[3] ^ key[1], a & low]
+        key = [key[0] + np.uint64(0x9E3779B9) & low, key[1] + np.uint64(0xBB67AE85) & low]
+    return np.stack(words, -1).astype(np.uint32)
+
+
+def normal(seed: int, numel: int) -> np.ndarray:
+    """The first numbers of N(0, 1) of a seed: of 64 in a row, counter 16 i + j makes those at j + (0, 16, 32, 48)."""
+    counter = np.zeros((-(-numel // 64) * 16, 4), np.uint32)
+    counter[:, 0] = np.arange(len(counter))
+    words = philox(seed, counter)
+    # The uniform numbers are those of fp32; all that follows is exact.
+    uniform = (words[:, ::2] >> 1).astype(np.float32) * np.float32(2**-31) + np.float32(2**-32)
+    radius = np.sqrt(-2 * np.log(uniform.astype(WIDE)))
+    angle = words[:, 1::2].astype(WIDE) * (2 * np.pi / 2**32)
+    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)  # (counter, pair, number)
+    return pairs.reshape(-1, 16, 4).transpose(0, 2, 1).reshape(-1)[:numel]
+
+
 def compare(value: np.ndarray, truth: np.ndarray, bar: np.ndarray, what: str) -> None:
     """Equal where not finite, within the bar elsewhere; the worst place is named."""
     odd = ~np.isfinite(truth)

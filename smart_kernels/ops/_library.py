@@ -62,6 +62,44 @@ def no_derivative(op: str, what: str) -> None:
     torch.library.register_autograd(f"{NAMESPACE}::{op}", backward, lib=LIBRARY)
 
 
+def changes_arguments(op: Any, what: str) -> None:
+    """Give an op that changes arguments what autograd does for a native one in place.
+
+    The version counters of what it changes are bumped, so that a backward which saved the old values raises;
+    and where autograd would have to record the change, for a leaf above all, it is refused.
+    """
+    changed = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+    def refuse(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            raise RuntimeError(
+                f"smart_kernels: {what} has no derivative: detach its arguments, or call it in no_grad mode"
+            )
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def bump(keyset: Any, *args: Any) -> Any:
+        for i in changed:
+            if args[i] is not None:
+                torch.autograd.graph.increment_version(args[i])
+        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    name = op._schema.name
+    LIBRARY.impl(name, refuse, "Autograd", with_keyset=True)
+    LIBRARY.impl(name, bump, "ADInplaceOrView", with_keyset=True)
+
+
+def draw_seed(generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
+    """64 random bits on a device, drawn there by its own generator: nothing waits, and a graph can replay it."""
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: got {type(generator).__name__}, expected torch.Generator or None")
+        if generator.device.type not in ("cpu", device.type):
+            raise ValueError(f"generator: got device {generator.device}, expected {device}, as the tensors, or cpu")
+    place = device if generator is None else generator.device
+    seed = torch.randint(-(2**63), 2**63 - 1, (), device=place, generator=generator)
+    return seed.to(device, non_blocking=True)  # from the CPU's pageable memory: no wait, and no hazard
+
+
 def load_compiled() -> dict[str, str | None]:
     """Load the compiled kernels; for each extension module, None, or why it is not there."""
     status: dict[str, str | None] = {}
