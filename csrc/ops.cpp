@@ -1,10 +1,15 @@
 // The Python module of the CPU kernels. Each file in cpu/ registers its own with the dispatcher when this is loaded.
 #include <Python.h>
 
+#include "cpu/describe.h"
 #include "cpu/isa.h"
 
 namespace {
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "Compiled CPU kernels of smart_kernels.", -1, nullptr};
+PyMethodDef methods[] = {
+    {"describe", smart_kernels::describe, METH_O, nullptr},
+    {"matches", smart_kernels::matches, METH_VARARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "Compiled CPU kernels of smart_kernels.", -1, methods};
 }
 
 PyMODINIT_FUNC PyInit__C() {

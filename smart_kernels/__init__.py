@@ -1,6 +1,7 @@
 """Smoothness-regularised fine-tuning (SMART, arXiv 1911.03437): exact, fast and drop-in."""
 
 from smart_kernels.ops._library import load_compiled
+from smart_kernels.ops.ema import ema_update_
 from smart_kernels.ops.perturbation import init_perturbation, perturbation_step, perturbation_step_
 from smart_kernels.ops.symmetric_kl import SymmetricKLLoss, symmetric_kl, symmetric_kl_grad
 
@@ -10,6 +11,7 @@ COMPILED = load_compiled()
 __version__ = "0.1.0"
 __all__ = [
     "SymmetricKLLoss",
+    "ema_update_",
     "init_perturbation",
     "perturbation_step",
     "perturbation_step_",

@@ -255,3 +255,85 @@ def _norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     x = x if x.device.type == "mps" else x.double()
     largest = x.abs().amax(dims, keepdim=True)
     return largest * (x / torch.where(largest > 0, largest, 1)).square().sum(dims, keepdim=True).sqrt()
+
+
+def ema_update_(
+    ema_tensors: list[Tensor], parameters: list[Tensor], decay: float, decay_tensor: Tensor | None, seed: Tensor | None
+) -> None:
+    """Each e <- e + (1 - decay)(p - e), in place; a seed asks for stochastic rounding."""
+    beta = torch.tensor(decay, dtype=torch.float64) if decay_tensor is None else decay_tensor
+    groups = 0  # of 64 elements, so far
+    for e, p in zip(ema_tensors, parameters, strict=True):
+        dtype = compute_dtype(e)
+        decays, weights = ([part.to(dtype).to(e.device) for part in parts] for parts in _decay_and_weight(beta, dtype))
+        moved = _weighted_sum(e.to(dtype), decays, p.to(dtype), weights)
+        moved = torch.where(decays[0] == 0, p.to(dtype), moved)
+        if seed is not None and e.dtype in DROPPED_BITS:
+            moved = round_stochastically(moved, e.dtype, _random_words(seed, groups, e.numel()).view(e.shape))
+        groups += -(-e.numel() // 64)
+        moved = moved.to(e.dtype)
+        if e.dtype == p.dtype:  # to the bit, NaNs too
+            moved = torch.where(decays[0] == 0, p, moved)
+        e.copy_(torch.where(weights[0] == 0, e, moved))
+
+
+def _decay_and_weight(decay: Tensor, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The decay and one minus the decay, each as the number of a dtype that is nearest and what it is off by."""
+    decay = decay.to(torch.promote_types(decay.dtype, dtype))
+    weight = 1 - decay
+    rest = (1 - weight) - decay
+    near, weight_near = (x.to(dtype).to(x.dtype) for x in (decay, weight))
+    return (near, decay - near), (weight_near, (weight - weight_near) + rest)
+
+
+def _weighted_sum(a: Tensor, a_factor: list[Tensor], b: Tensor, b_factor: list[Tensor]) -> Tensor:
+    """The sum a_factor a + b_factor b, rounded as if but once: with what each step's rounding drops, at the end."""
+    (kept, kept_low), (gained, gained_low) = _product(a, a_factor[0]), _product(b, b_factor[0])
+    total = kept + gained
+    share = total - kept
+    low = (kept - (total - share)) + (gained - share) + (kept_low + gained_low + a_factor[1] * a + b_factor[1] * b)
+    return torch.where(low.isnan(), a + b_factor[0] * (b - a), total + low)  # something is infinite or NaN
+
+
+def _product(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The product, and what its rounding dropped (Dekker 1971), without a fused multiply-add."""
+    splitter = 2.0**27 + 1 if x.dtype == torch.float64 else 2.0**12 + 1
+
+    def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+        high = splitter * x - (splitter * x - x)
+        return high, x - high
+
+    (x_high, x_low), (high, low), product = halves(x), halves(factor), x * factor
+    return product, ((x_high * high - product) + x_high * low + x_low * high) + x_low * low
+
+
+DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+"""Bits of a float32's mantissa that rounding to a dtype drops."""
+
+
+def _random_words(seed: Tensor, group: int, count: int) -> Tensor:
+    """32 random bits for each of `count` elements in a row, from the 64-element group of that number on."""
+    groups = -(-count // 64)
+    words = _philox(seed, torch.arange(16 * group, 16 * (group + groups), device=seed.device))
+    return torch.stack([word.view(-1, 16) for word in words], 1).flatten()[:count]
+
+
+def round_stochastically(x: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:
+    """Float32 to float16 or bfloat16, up or down with the probabilities that make the mean x.
+
+    Magnitudes are whole numbers of the dtype's last place and a remainder: a random number added to the
+    remainder carries with just that probability. Beyond the dtype's largest number it is to nearest.
+    """
+    info = torch.finfo(dtype)
+    bits = x.view(torch.int32).long() & 0x7FFFFFFF
+    exponent = (bits >> 23).clamp(min=1)
+    mantissa = torch.where(bits >> 23 > 0, bits & 0x7FFFFF | 0x800000, bits)
+    # Subnormal results drop more bits than normal ones, as their last place is fixed.
+    smallest = 127 + round(math.log2(info.tiny))
+    dropped = DROPPED_BITS[dtype] + (smallest - exponent).clamp(min=0)
+    mantissa = mantissa >> (dropped - 31).clamp(min=0)
+    dropped = dropped.clamp(max=31)
+    units = mantissa + (words & (1 << dropped) - 1) >> dropped
+    place = torch.exp2((exponent.clamp(min=smallest) - 127 - 23 + DROPPED_BITS[dtype]).double())
+    rounded = (units * place).to(dtype).copysign(x.to(dtype))
+    return torch.where(x.abs() <= info.max, rounded, x.to(dtype))

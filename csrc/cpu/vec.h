@@ -152,9 +152,15 @@ SK_INLINE T reduce_max(Vec<T> v) {
 }
 template <typename T>
 SK_INLINE bool any(Mask<T> m) {
+#if SK_VECTOR_BYTES == 64
+  return _mm512_test_epi32_mask((__m512i)m, (__m512i)m) != 0;
+#elif SK_VECTOR_BYTES == 32
+  return !_mm256_testz_si256((__m256i)m, (__m256i)m);
+#else
   auto bits = m[0];
   for (int i = 1; i < kLanes<T>; ++i) bits |= m[i];
   return bits != 0;
+#endif
 }
 
 // The lanes of x[i] and x[i + step] whose place has that bit are exchanged crosswise: one stage of a transposition.

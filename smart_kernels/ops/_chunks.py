@@ -1,0 +1,187 @@
+"""Lists of tensors as tables of chunks that a kernel walks through in one launch, made once for each list."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smart_kernels.ops._library import NAMESPACE, load_compiled
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Numbered here as the kernels do."""
+
+CHUNK = 8192
+"""Elements of a chunk at most: 32 for each of the 256 threads that do it on a GPU."""
+
+NOISE_GROUP = 64
+"""Elements that share counters of the random generator; a chunk starts with a new group."""
+
+_KEPT = 8
+_tables: list[_Table] = []  # of the last lists, the latest first
+_captured: list[Tensor] = []  # a CUDA graph reads its table at every replay
+
+
+def chunk_table(
+    written: list[Tensor], read: list[Tensor], check: Callable[[list[Tensor], list[Tensor]], None]
+) -> Tensor:
+    """The table for pairs of tensors where they lie now, on their device.
+
+    Args:
+        written: tensors that the kernel changes, all on one device.
+        read: as many tensors of the same shapes.
+        check: called with both lists before a table is made for them; raises where they do not fit.
+
+    Returns:
+        int64, a column for each chunk. The rows: address in the tensor written and in the one read; number of
+        elements before the chunk, as if all before were multiples of `NOISE_GROUP` long, and in it; the dtypes,
+        the one read times four; the two strides, in elements.
+
+    Raises:
+        ValueError: a tensor written shares memory with another tensor or within itself.
+        RuntimeError: a table would have to be made while a CUDA graph is captured.
+    """
+    place = next((i for i, known in enumerate(_tables) if known.fits(written, read)), None)
+    if place is None:
+        check(written, read)
+    device = written[0].device
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if place is not None:
+        _tables.insert(0, _tables.pop(place))
+    elif capturing:
+        raise RuntimeError(
+            "smart_kernels: these tensors are not known yet where they lie now, and a table of them cannot be copied "
+            "to the device while a CUDA graph is captured: make the same call once before"
+        )
+    else:
+        chunks = make_table(written, read).to(device)
+        if device.type == "cuda" and len(_tables) == _KEPT:
+            torch.cuda.synchronize(device)  # a kernel on another stream may still read the table that goes
+        _tables.insert(0, _Table(_describe(written), _describe(read), chunks))
+        del _tables[_KEPT:]
+    chunks = _tables[0].chunks
+    if capturing and not any(chunks is kept for kept in _captured):
+        _captured.append(chunks)
+    return chunks
+
+
+def make_table(written: list[Tensor], read: list[Tensor]) -> Tensor:
+    """The table of `chunk_table`, anew and in the CPU's memory."""
+    pairs = [(written[i], read[i]) for i in check_memory(written, read)]
+    runs = [run for pair in pairs if pair[0].numel() for run in _runs(*pair)]
+    w, r, count, dtypes, w_stride, r_stride = torch.tensor(runs, dtype=torch.int64).view(-1, 6).unbind(1)
+    chunks = -(-count // CHUNK)
+    run = torch.repeat_interleave(chunks)
+    offset = CHUNK * (torch.arange(run.numel()) - (chunks.cumsum(0) - chunks)[run])
+    count, dtypes, w_stride, r_stride = (
+        (count[run] - offset).clamp(max=CHUNK),
+        dtypes[run],
+        w_stride[run],
+        r_stride[run],
+    )
+    padded = -(-count // NOISE_GROUP) * NOISE_GROUP
+    size = torch.tensor([dtype.itemsize for dtype in DTYPES])
+    w = w[run] + offset * w_stride * size[dtypes % 4]
+    r = r[run] + offset * r_stride * size[dtypes // 4]
+    return torch.stack([w, r, padded.cumsum(0) - padded, count, dtypes, w_stride, r_stride])
+
+
+def _runs(w: Tensor, r: Tensor) -> list[tuple[int, ...]]:
+    """A pair of tensors as runs of elements with one stride each: a single one where both are dense and alike."""
+    dims: list[tuple[int, int, int]] = []
+    for w_stride, r_stride, size in sorted(zip(w.stride(), r.stride(), w.shape, strict=True), reverse=True):
+        if size == 1:
+            continue
+        inner = size
+        if dims and dims[-1][:2] == (w_stride * size, r_stride * size):
+            inner *= dims.pop()[2]
+        dims.append((w_stride, r_stride, inner))
+    dims = dims or [(1, 1, 1)]
+    dense = dims[-1][:2] == (1, 1) and dims[-1][2] >= NOISE_GROUP
+    along = dims.pop() if dense else dims.pop(max(range(len(dims)), key=lambda d: dims[d][2]))
+    dtypes = DTYPES.index(w.dtype) + 4 * DTYPES.index(r.dtype)
+    return [
+        (
+            w.data_ptr() + w.itemsize * sum(i * dim[0] for i, dim in zip(index, dims, strict=True)),
+            r.data_ptr() + r.itemsize * sum(i * dim[1] for i, dim in zip(index, dims, strict=True)),
+            along[2],
+            dtypes,
+            along[0],
+            along[1],
+        )
+        for index in itertools.product(*(range(dim[2]) for dim in dims))
+    ]
+
+
+def check_memory(written: list[Tensor], read: list[Tensor]) -> list[int]:
+    """Check that no tensor written shares memory with another; returns their places, of tied ones the first alone."""
+    first: dict[object, int] = {}
+    places = []
+    for i, (w, r) in enumerate(zip(written, read, strict=True)):
+        same = first.setdefault(_describe_slowly([w])[0], i) if w.numel() else i
+        if same == i:
+            places.append(i)
+        elif _describe_slowly([read[same]]) != _describe_slowly([r]):
+            raise ValueError(
+                f"ema_tensors[{i}]: is ema_tensors[{same}] too, expected the same parameter for both, got two"
+            )
+    extents = []
+    for name, tensors, indices in (("ema_tensors", written, places), ("parameters", read, range(len(read)))):
+        for i in indices:
+            x = tensors[i]
+            if not x.numel():
+                continue
+            if x.is_neg():
+                raise ValueError(f"{name}[{i}]: got a view that negates its elements, expected x.resolve_neg()")
+            span = 1
+            for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+                if size > 1 and stride < span and tensors is written:
+                    raise ValueError(
+                        f"{name}[{i}]: elements share memory (shape {tuple(x.shape)}, strides {x.stride()}), "
+                        "expected a place of its own for each"
+                    )
+                span += (size - 1) * stride
+            extents.append((x.data_ptr(), x.data_ptr() + span * x.itemsize, f"{name}[{i}]", tensors is written))
+    # In the order of where they begin, each need only be held against what reaches furthest so far, of both kinds.
+    furthest: dict[bool, tuple[int, str]] = {}
+    for begin, end, name, is_written in sorted(extents):
+        for other, (reach, other_name) in furthest.items():
+            if (is_written or other) and reach > begin:
+                raise ValueError(f"{name}: shares memory with {other_name}, expected shadows in memory of their own")
+        if is_written not in furthest or end > furthest[is_written][0]:
+            furthest[is_written] = (end, name)
+    return places
+
+
+def _describe_slowly(tensors: list[Tensor]) -> list[object]:
+    return [(x.data_ptr(), x.device, x.dtype, x.shape, x.stride()) if isinstance(x, Tensor) else x for x in tensors]
+
+
+_compiled = importlib.import_module(f"{NAMESPACE}._C") if load_compiled()["_C"] is None else None
+
+
+def _describe(tensors: list[Tensor]) -> object:
+    """All of a list that its chunks depend on: in bytes where compiled code can read it."""
+    return (_compiled and _compiled.describe(tensors)) or _describe_slowly(tensors)
+
+
+def _fits(tensors: list[Tensor], description: object) -> bool:
+    if _compiled and isinstance(description, bytes):
+        return bool(_compiled.matches(tensors, description))
+    return _describe_slowly(tensors) == description
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Chunks, and descriptions of the tensors that they are pieces of."""
+
+    written: object
+    read: object
+    chunks: Tensor
+
+    def fits(self, written: list[Tensor], read: list[Tensor]) -> bool:
+        return _fits(read, self.read) and _fits(written, self.written)
