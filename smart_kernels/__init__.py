@@ -4,12 +4,16 @@ from smart_kernels.ops._library import load_compiled
 from smart_kernels.ops.ema import ema_update_
 from smart_kernels.ops.perturbation import init_perturbation, perturbation_step, perturbation_step_
 from smart_kernels.ops.symmetric_kl import SymmetricKLLoss, symmetric_kl, symmetric_kl_grad
+from smart_kernels.smart.config import SmartConfig
+from smart_kernels.smart.objective import Smart
 
 COMPILED = load_compiled()
 """The extension modules of compiled kernels: None where one is loaded, else why it is not."""
 
 __version__ = "0.1.0"
 __all__ = [
+    "Smart",
+    "SmartConfig",
     "SymmetricKLLoss",
     "ema_update_",
     "init_perturbation",

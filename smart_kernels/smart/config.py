@@ -1,0 +1,139 @@
+"""SmartConfig: every hyper-parameter of SMART, its unit, its range and where it comes from."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+Logits = tuple[Tensor, ...]
+"""What a model says of a batch: one tensor of logits, or those of the start and of the end of a span."""
+
+_CHOICES = {
+    "norm": ("linf", "l2"),
+    "scope": ("sample", "token"),
+    "adversary": ("power", "predicted", "fisher", "task", "random"),
+    "proximal": ("momentum", "vanilla", "none"),
+    "dropout": ("shared", "independent", "off"),
+    "divergence": ("auto", "symmetric_kl", "squared_error"),
+}
+
+
+@dataclass(frozen=True)
+class SmartConfig:
+    r"""Hyper-parameters of SMART (Jiang et al. 2020, arXiv 1911.03437): the paper's values are the defaults.
+
+    The objective is :math:`L(\theta) + \lambda_s R_s(\theta) + \mu D_{Breg}(\theta, \tilde\theta)` (sections 3.1, 3.2).
+
+    Args:
+        lambda_s: weight of the smoothness term R_s, >= 0, no unit; the paper takes 1, 3 or 5. With 0 none of its
+            passes runs.
+        epsilon: radius of the ball around the word embeddings, >= 0, in units of the embeddings, in `norm`
+            (section 4.1: 1e-5).
+        noise_std: standard deviation of the noise that the ascent starts from, >= 0, in units of the embeddings
+            (section 4.1: 1e-5).
+        step_size: length of an ascent step, > 0, in units of the embeddings: the gradient is normalised to 1 first
+            (section 4.1: 1e-3, a hundred times the radius, so that almost every step ends on the ball's surface).
+        ascent_steps: ascent steps of the "power" adversary, >= 1 (the paper's T_x; section 4.1: 1). The other
+            adversaries take one step or none, so theirs stays 1.
+        norm: the ball's norm and the gradient's, "linf" (the paper's) or "l2".
+        scope: what one norm is taken over: "sample" (all positions of an example; open in the paper) or "token".
+        adversary: how the perturbation is found. "power" is the paper's: a forward pass at the noise and the
+            gradient of the divergence there. "predicted", "fisher" and "task" take a gradient through the clean
+            pass instead, one forward cheaper: of the log-probability of the most probable class (the strongest of
+            all), of a random direction drawn from the Fisher information, or of the task loss; for "linf" they step
+            along its signs, so that scope has no effect. "random" is the
+            noise alone, not projected: R3F (Aghajanyan et al. 2020, arXiv 2008.03156); epsilon, step_size, norm
+            and scope have no effect then.
+        mu: weight of the proximal term D_Breg, >= 0, no unit (section 4.1: 1; flat in [1, 10], useless at 0.1,
+            harmful at 100). With 0 none of its passes runs.
+        proximal: what the term holds the model close to: "momentum", an exponential moving average of the
+            parameters (MBPP, section 3.2); "vanilla", the parameters when the outer step began (VBPP, section 3.2);
+            "none".
+        inner_steps: S of Algorithm 1, optimiser steps in an outer step, >= 1 (section 4.1: 1). The average or the
+            copy of the parameters is renewed after each outer step. "vanilla" needs 2: with 1 the parameters are
+            held close to themselves and the term is 0.
+        decay: beta, the share that the average keeps of itself in an update, in [0, 1] (section 4.1: 0.99).
+        decay_late: beta after the switch (section 4.1: 0.999).
+        decay_switch: share of all updates after which beta changes, in [0, 1] (section 4.1: 0.1).
+        divergence: l_s. "auto" chooses by the model's output: symmetric KL for classes, tokens and spans, squared
+            error for a single number (section 3.1); "symmetric_kl" or "squared_error" forces one; a callable
+            ``(input, target, batch) -> Tensor`` gets two tensors of logits (a pair each for spans) and the batch, and
+            returns a scalar that is differentiable in both.
+        dropout: "shared", all passes of a step draw the same masks (two draws differ by 2e4 times what the
+            adversary does at the paper's radius); "independent", each draws its own; "off", the step runs in
+            evaluation mode, batch normalisation apart. "shared" and "independent" read and set the state of
+            the default generators, which a CUDA graph's capture forbids: capture with "off".
+        detach_clean: take the clean pass in R_s as a constant; by default gradients flow into it too (section 3.1).
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument is out of its range, or two do not fit together.
+
+    Example:
+        >>> from smart_kernels import SmartConfig
+        >>> SmartConfig(lambda_s=3.0, adversary="predicted").epsilon
+        1e-05
+    """
+
+    lambda_s: float = 1.0
+    epsilon: float = 1e-5
+    noise_std: float = 1e-5
+    step_size: float = 1e-3
+    ascent_steps: int = 1
+    norm: str = "linf"
+    scope: str = "sample"
+    adversary: str = "power"
+    mu: float = 1.0
+    proximal: str = "momentum"
+    inner_steps: int = 1
+    decay: float = 0.99
+    decay_late: float = 0.999
+    decay_switch: float = 0.1
+    divergence: str | Callable[[Any, Any, Mapping[str, Any]], Tensor] = "auto"
+    dropout: str = "shared"
+    detach_clean: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for name in ("lambda_s", "epsilon", "noise_std", "step_size", "mu"):
+            self._check_number(name, math.inf)
+        for name in ("decay", "decay_late", "decay_switch"):
+            self._check_number(name, 1.0)
+        if self.step_size == 0:
+            raise ValueError("step_size: got 0, expected a number > 0")
+        for name in ("ascent_steps", "inner_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}: got {type(value).__name__}, expected int")
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices and not (name == "divergence" and callable(value)):
+                expected = ", ".join(map(repr, choices)) + (" or a callable" if name == "divergence" else "")
+                raise ValueError(f"{name}: got {value!r}, expected one of {expected}")
+        if not isinstance(self.detach_clean, bool):
+            raise TypeError(f"detach_clean: got {type(self.detach_clean).__name__}, expected bool")
+        if self.ascent_steps > 1 and self.adversary != "power":
+            raise ValueError(
+                f"ascent_steps: got {self.ascent_steps} with adversary={self.adversary!r}, expected 1: "
+                "only 'power' takes a new gradient at each step"
+            )
+        if self.mu and self.proximal == "vanilla" and self.inner_steps == 1:
+            warnings.warn(
+                "proximal='vanilla' with inner_steps=1 holds the parameters close to themselves: the term is 0; "
+                "set inner_steps to 2 or more",
+                stacklevel=3,
+            )
+
+    def _check_number(self, name: str, top: float) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+        if not 0 <= value <= top or math.isinf(value):
+            raise ValueError(f"{name}: got {value}, expected a finite number in [0, {top:g}]")

@@ -1,0 +1,210 @@
+"""l_s, the measure of how far apart two outputs of a model are: by task, with what the adversaries need of it.
+
+A cotangent is what an adversary pulls back from the logits to the embeddings; only its direction counts.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smart_kernels.ops.symmetric_kl import symmetric_kl, symmetric_kl_grad
+from smart_kernels.smart.config import Logits
+
+IGNORED = -100
+"""The label of a token that is not counted, as in :func:`torch.nn.functional.cross_entropy`."""
+
+
+class Divergence(ABC):
+    """l_s of two outputs for one batch, a mean over what is counted."""
+
+    @abstractmethod
+    def __call__(self, input: Logits, target: Logits) -> Tensor:
+        """The divergence, a scalar, differentiable in both."""
+
+    @abstractmethod
+    def cotangent(self, input: Logits, target: Logits) -> Logits:
+        """The gradient with respect to `input`, up to a positive factor."""
+
+    @abstractmethod
+    def predicted(self, logits: Logits) -> Logits:
+        """P - onehot(argmax p): minus the gradient of the log-probability of the most probable class."""
+
+    @abstractmethod
+    def fisher(self, logits: Logits, generator: torch.Generator) -> Logits:
+        """sqrt(p) z - p (sqrt(p) . z), z ~ N(0, I): a draw with the covariance diag(p) - pp^T."""
+
+
+class SymmetricKL(Divergence):
+    """KL(p||q) + KL(q||p) of class probabilities: of examples, tokens or the ends of a span.
+
+    Args:
+        weight: what is counted, 0 or 1 for each row of the logits, or None for all.
+        absent: positions that are no candidates of a span, True for those, or None.
+    """
+
+    def __init__(self, weight: Tensor | None = None, absent: Tensor | None = None) -> None:
+        self._weight = weight
+        self._absent = absent
+
+    def __call__(self, input: Logits, target: Logits) -> Tensor:
+        """The mean over what is counted, and over start and end."""
+        parts = [symmetric_kl(a, b, self._weight, "mean") for a, b in self._pairs(input, target)]
+        return torch.stack(parts).mean()
+
+    def cotangent(self, input: Logits, target: Logits) -> Logits:
+        """The gradient with respect to `input`, by the kernel that writes that one alone."""
+        return tuple(symmetric_kl_grad(_wide(a), _wide(b), self._weight, "sum") for a, b in self._pairs(input, target))
+
+    def predicted(self, logits: Logits) -> Logits:
+        """P - onehot(argmax p)."""
+
+        def cotangent(p: Tensor) -> Tensor:
+            top = p.argmax(-1, keepdim=True)
+            p = p.scatter(-1, top, 0)
+            return p.scatter(-1, top, -p.sum(-1, keepdim=True))  # p - 1 would lose the digits of a sure prediction
+
+        return self._pull(logits, cotangent)
+
+    def fisher(self, logits: Logits, generator: torch.Generator) -> Logits:
+        """sqrt(p) z - p (sqrt(p) . z)."""
+
+        def cotangent(p: Tensor) -> Tensor:
+            z = torch.randn(p.shape, dtype=p.dtype, device=generator.device, generator=generator).to(p.device)
+            z = p.sqrt() * z
+            return z - p * z.sum(-1, keepdim=True)
+
+        return self._pull(logits, cotangent)
+
+    def _pull(self, logits: Logits, cotangent: Callable[[Tensor], Tensor]) -> Logits:
+        parts = (cotangent(_wide(x).softmax(-1)) for x in self._candidates(logits))
+        return tuple(x if self._weight is None else x * self._weight.unsqueeze(-1) for x in parts)
+
+    def _candidates(self, logits: Logits) -> Logits:
+        return logits if self._absent is None else tuple(x.masked_fill(self._absent, -math.inf) for x in logits)
+
+    def _pairs(self, input: Logits, target: Logits) -> Iterable[tuple[Tensor, Tensor]]:
+        return zip(self._candidates(input), self._candidates(target), strict=True)
+
+
+class SquaredError(Divergence):
+    """(p - q)^2 of outputs that are numbers, a mean over all of them."""
+
+    def __call__(self, input: Logits, target: Logits) -> Tensor:
+        """The mean of (p - q)^2."""
+        return torch.stack([x.square().mean() for x in self.cotangent(input, target)]).mean()
+
+    def cotangent(self, input: Logits, target: Logits) -> Logits:
+        """P - q, half the gradient."""
+        return tuple(_wide(a) - _wide(b) for a, b in zip(input, target, strict=True))
+
+    def predicted(self, logits: Logits) -> Logits:
+        """1: a number has one direction."""
+        return tuple(torch.ones_like(x) for x in logits)
+
+    def fisher(self, logits: Logits, generator: torch.Generator) -> Logits:
+        """1, whatever is drawn: a number has one direction."""
+        return self.predicted(logits)
+
+
+class Custom(Divergence):
+    """A callable of the user's.
+
+    Args:
+        function: (input, target, batch) -> a scalar.
+        batch: the batch, as the model gets it.
+        like: gives the divergence whose "predicted" and "fisher" cotangents fit the logits.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], batch: Any, like: Callable[[], Divergence]) -> None:
+        self._function = function
+        self._batch = batch
+        self._like = like
+
+    def __call__(self, input: Logits, target: Logits) -> Tensor:
+        """What the function gives."""
+        loss = self._function(_plain(input), _plain(target), self._batch)
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"divergence: the callable returned {got}, expected a scalar tensor")
+        return loss
+
+    def cotangent(self, input: Logits, target: Logits) -> Logits:
+        """Its gradient, by autograd."""
+        input = tuple(x.detach().requires_grad_() for x in input)
+        with torch.enable_grad():
+            return torch.autograd.grad(self(input, target), input)
+
+    def predicted(self, logits: Logits) -> Logits:
+        """As of the divergence that the logits' shape stands for."""
+        return self._like().predicted(logits)
+
+    def fisher(self, logits: Logits, generator: torch.Generator) -> Logits:
+        """As of the divergence that the logits' shape stands for."""
+        return self._like().fisher(logits, generator)
+
+
+def choose_divergence(
+    divergence: str | Callable[..., Tensor], logits: Logits, batch: Any, model: nn.Module
+) -> Divergence:
+    """The divergence of a batch.
+
+    Args:
+        divergence: as in :class:`~smart_kernels.SmartConfig`.
+        logits: (B, C) of classes; (B, 1) or (B,) of numbers; (B, L, C) of tokens, where those that have no label
+            are not counted (in a decoder that predicts the next token, its label is the next one); or a pair of
+            (B, L), start and end of a span, where padding is no candidate.
+        batch: the batch: its "labels" and "attention_mask" are looked at where it is a mapping.
+        model: the model, asked whether it predicts the next token.
+
+    Raises:
+        ValueError: the logits and labels do not tell.
+    """
+    if callable(divergence):
+        return Custom(divergence, batch, lambda: choose_divergence("auto", logits, batch, model))
+    shape = logits[0].shape
+    labels, mask = (batch.get(key) if isinstance(batch, Mapping) else None for key in ("labels", "attention_mask"))
+    if divergence == "squared_error":
+        return SquaredError()
+    if len(logits) == 2:
+        return SymmetricKL(absent=None if mask is None or mask.shape != shape else mask == 0)
+    if divergence == "auto":
+        if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1):
+            return SquaredError()
+        if isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape == shape:
+            raise ValueError(
+                "divergence: got 'auto' with real-valued labels of the logits' shape, which may be numbers, "
+                "independent classes or probabilities; expected 'squared_error', 'symmetric_kl' or a callable"
+            )
+        if len(shape) not in (2, 3) or len(logits) > 2:
+            shapes = ", ".join(str(tuple(x.shape)) for x in logits)
+            raise ValueError(
+                f"divergence: got 'auto' with logits of shape {shapes}, expected (B,), (B, C), (B, L, C) or two of "
+                "(B, L); for others, a callable"
+            )
+    if len(shape) == 2:
+        return SymmetricKL()
+    if isinstance(labels, Tensor) and labels.shape == shape[:-1]:
+        counted = labels != IGNORED
+        return SymmetricKL(nn.functional.pad(counted[:, 1:], (0, 1)) if _predicts_next(model) else counted)
+    return SymmetricKL(mask if isinstance(mask, Tensor) and mask.shape == shape[:-1] else None)
+
+
+def _predicts_next(model: nn.Module) -> bool:
+    """Whether the model's loss compares the logits at a token with the next token's label."""
+    generates = getattr(model, "can_generate", None)
+    return callable(generates) and generates() and not model.config.is_encoder_decoder  # type: ignore[union-attr]
+
+
+def _plain(logits: Logits) -> Any:
+    return logits[0] if len(logits) == 1 else logits
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least fp32: in fp16 a cotangent of 1e-8 would be 0."""
+    return x if x.dtype == torch.float64 else x.float()

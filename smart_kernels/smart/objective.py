@@ -1,0 +1,249 @@
+"""Smart: the task loss, lambda_s times the smoothness term and mu times the proximal one, for a training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smart_kernels.ops.perturbation import init_perturbation
+from smart_kernels.smart.adversary import AT_CLEAN, detached, find_perturbation
+from smart_kernels.smart.config import Logits, SmartConfig
+from smart_kernels.smart.divergence import choose_divergence
+from smart_kernels.smart.embedding import find_embedding, warn_if_unresolved
+from smart_kernels.smart.passes import Forward, Passes, run_model
+from smart_kernels.smart.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class SmartOutput:
+    """What a step gives: the objective to call backward on, and its parts, detached.
+
+    Attributes:
+        loss: task_loss + lambda_s * smoothness + mu * proximal, a scalar.
+        task_loss: the model's own loss, a scalar.
+        smoothness: R_s at the perturbation, a scalar >= 0; 0 where lambda_s is 0.
+        proximal: D_Breg, a scalar >= 0; 0 where mu is 0 or there is no teacher.
+        logits: of the clean pass, detached; for spans a pair.
+        perturbation: what was added to the embeddings, fp32 or fp64; None where lambda_s is 0.
+    """
+
+    loss: Tensor
+    task_loss: Tensor
+    smoothness: Tensor
+    proximal: Tensor
+    logits: Any
+    perturbation: Tensor | None
+
+
+def attention_mask(batch: Any) -> Tensor | None:
+    """The batch's "attention_mask", where it has one."""
+    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
+
+
+class Smart:
+    r"""SMART for a training loop: smoothness-inducing regularisation and Bregman proximal point optimisation.
+
+    .. math:: L(\theta) + \lambda_s R_s(\theta) + \mu D_{Breg}(\theta, \tilde\theta),\quad
+        R_s = \frac1n \sum_i \max_{\|\tilde x_i - x_i\| \le \epsilon} \ell_s(f(\tilde x_i), f(x_i)),\quad
+        D_{Breg} = \frac1n \sum_i \ell_s(f(x_i; \theta), f(x_i; \tilde\theta))
+
+    with x the output of the word embedding, as in Algorithm 1 of Jiang et al. 2020 (arXiv 1911.03437). A step costs,
+    in units of a vanilla one, 1 + 5/3 for R_s ("predicted", "fisher", "task": 1 + 4/3; "random": 1 + 1), and 1/3 more
+    for D_Breg.
+
+    Args:
+        model: the model to train, on its device; frozen parameters stay as they are. It may be compiled; if it has
+            been trained without SMART before, call :func:`torch.compiler.reset`, as it does not see hooks that come
+            later.
+        config: the hyper-parameters; the paper's by default.
+        num_training_steps: optimiser steps of the whole training, for the switch of the teacher's decay.
+        embedding: the module whose output is perturbed, or its name; by default the word embedding (see
+            :func:`~smart_kernels.smart.embedding.find_embedding`).
+        forward: how the model is run: ``(model, batch) -> (task loss, logits)``, or a pair (start, end) of logits for
+            spans. By default as Hugging Face models are: ``model(**batch)``, with labels in the batch.
+        mask: gives, for a batch, which positions are perturbed: 0 where not, shape (B, L) for embeddings (B, L, H), or
+            None for all. By default the batch's "attention_mask".
+
+    Attributes:
+        config: the hyper-parameters.
+        teacher: the momentum teacher, or the copy of the parameters with ``proximal="vanilla"``; None where mu is 0.
+        generator: what noise is drawn from, seeded from torch's; the default generators end each step where an
+            ordinary one would leave them.
+        skipped: how many samples kept their noise as perturbation because their gradient was not finite; int64
+            scalar on the model's device.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: the embedding is not found, or the decay's switch needs the number of training steps.
+
+    Example:
+        >>> import torch
+        >>> from smart_kernels import Smart, SmartConfig
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 3))
+        >>> def forward(model, batch):
+        ...     logits = model(batch["words"])
+        ...     return torch.nn.functional.cross_entropy(logits, batch["labels"]), logits
+        >>> smart = Smart(model, SmartConfig(lambda_s=1.0, mu=1.0), num_training_steps=100, forward=forward)
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> out = smart({"words": torch.tensor([[1, 2, 3], [4, 5, 6]]), "labels": torch.tensor([0, 2])})
+        >>> out.loss.backward()
+        >>> optimizer.step()
+        >>> smart.update()
+        >>> bool(out.perturbation.abs().max() <= 1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SmartConfig | None = None,
+        num_training_steps: int | None = None,
+        *,
+        embedding: nn.Module | str | None = None,
+        forward: Forward = run_model,
+        mask: Callable[[Any], Tensor | None] = attention_mask,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got {type(model).__name__}, expected torch.nn.Module")
+        config = SmartConfig() if config is None else config
+        if not isinstance(config, SmartConfig):
+            raise TypeError(f"config: got {type(config).__name__}, expected SmartConfig")
+        self.config = config
+        self._switch = _decay_switch(config, num_training_steps)
+        module = find_embedding(model, embedding) if config.lambda_s else None
+        self._passes = Passes(model, forward, module, config.dropout)
+        self._mask = mask
+        self._updates = 0
+        self._warned = config.adversary == "random"  # which knows no radius
+        self.teacher = Teacher(model) if config.mu and config.proximal != "none" else None
+        device = next((p.device for m in (module, model) if m is not None for p in m.parameters()), torch.device("cpu"))
+        # A constant added to the seed, lest the noise repeat what initialised the weights.
+        self.generator = torch.Generator(device).manual_seed((torch.initial_seed() + 0x9E3779B9) % 2**63)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+
+    def __call__(
+        self, batch: Any, *, initial_perturbation: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> SmartOutput:
+        """The objective for a batch.
+
+        Args:
+            batch: what `forward` takes; by default the mapping of the model's own arguments, with labels.
+            initial_perturbation: the noise that the ascent starts from, of the embeddings' shape, floating point,
+                instead of one drawn.
+            generator: what to draw from, on the embeddings' device, instead of `generator` of this object.
+
+        Raises:
+            TypeError: `initial_perturbation` is no floating-point tensor.
+            ValueError: `initial_perturbation` or the mask does not fit the embeddings; or the model's output is not
+                what the divergence can be chosen by.
+            RuntimeError: the module to perturb was not called in the forward pass.
+        """
+        config, passes = self.config, self._passes
+        with passes.step():
+            clean = passes.clean(batch, differentiable=config.adversary in AT_CLEAN)
+            divergence = choose_divergence(config.divergence, clean.logits, batch, passes.model)
+            loss, delta = clean.loss, None
+            smoothness = proximal = loss.new_zeros(())
+            if self.teacher is not None:
+                proximal = divergence(clean.logits, passes.substituted(batch, self.teacher.parameters()))
+                loss = loss + config.mu * proximal
+            if clean.embeds is not None:
+                generator = self.generator if generator is None else generator
+                mask = self._mask(batch)
+                noise = self._noise(clean.embeds, mask, generator, initial_perturbation)
+                delta = find_perturbation(
+                    config, passes, batch, clean, divergence, noise, mask, generator, self.skipped
+                )
+                target = detached(clean.logits) if config.detach_clean else clean.logits
+                smoothness = divergence(passes.perturbed(batch, clean.embeds, delta), target)
+                loss = loss + config.lambda_s * smoothness
+        return SmartOutput(
+            loss, clean.loss.detach(), smoothness.detach(), proximal.detach(), _public(clean.logits), delta
+        )
+
+    def update(self, decay: float | Tensor | None = None) -> None:
+        """Count an optimiser step and, at the end of an outer step, renew the teacher: call once after each.
+
+        Args:
+            decay: beta of this update instead of the schedule's, a float in [0, 1] or a scalar tensor on the
+                device, which a replayed CUDA graph reads anew. Without effect for ``proximal="vanilla"``.
+        """
+        self._updates += 1
+        outer, inner = divmod(self._updates, self.config.inner_steps)
+        if self.teacher is None or inner:
+            return
+        if self.config.proximal == "vanilla":
+            decay = 0.0
+        elif decay is None:
+            decay = self.config.decay if outer <= self._switch else self.config.decay_late
+        self.teacher.update(decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an interrupted training needs to go on: the teacher, the count of updates, the generator's state."""
+        return {
+            "updates": self._updates,
+            "generator": self.generator.get_state(),
+            "skipped": self.skipped.clone(),
+            "teacher": {} if self.teacher is None else self.teacher.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`.
+
+        Raises:
+            ValueError: it does not fit; nothing was changed then.
+        """
+        if missing := {"updates", "generator", "skipped", "teacher"} - state.keys():
+            raise ValueError(f"state: has no {', '.join(sorted(missing))}")
+        if self.teacher is not None:
+            self.teacher.load_state_dict(state["teacher"])
+        self._updates = state["updates"]
+        self.generator.set_state(state["generator"])
+        self.skipped.copy_(state["skipped"])
+
+    def _noise(self, embeds: Tensor, mask: Tensor | None, generator: torch.Generator, initial: Tensor | None) -> Tensor:
+        if not self._warned:
+            self._warned = True
+            warn_if_unresolved(embeds, self.config.epsilon)
+        if initial is None:
+            return init_perturbation(embeds.detach(), self.config.noise_std, mask, generator)
+        if not isinstance(initial, Tensor) or not initial.is_floating_point():
+            got = initial.dtype if isinstance(initial, Tensor) else type(initial).__name__
+            raise TypeError(f"initial_perturbation: got {got}, expected a floating-point tensor")
+        if initial.shape != embeds.shape or initial.device != embeds.device:
+            raise ValueError(
+                f"initial_perturbation: got shape {tuple(initial.shape)} on {initial.device}, expected that of the "
+                f"embeddings, {tuple(embeds.shape)} on {embeds.device}"
+            )
+        initial = initial.detach().to(torch.promote_types(embeds.dtype, torch.float32))
+        if mask is None:
+            return initial.clone()
+        return torch.where(mask.view(*mask.shape, *[1] * (initial.dim() - mask.dim())) != 0, initial, 0)
+
+
+def _decay_switch(config: SmartConfig, num_training_steps: int | None) -> float:
+    """How many updates of the teacher take the early decay."""
+    if num_training_steps is not None:
+        if not isinstance(num_training_steps, int) or isinstance(num_training_steps, bool) or num_training_steps < 1:
+            raise ValueError(f"num_training_steps: got {num_training_steps!r}, expected an int >= 1 or None")
+        return round(config.decay_switch * (num_training_steps // config.inner_steps))
+    if (
+        config.mu
+        and config.proximal == "momentum"
+        and config.decay != config.decay_late
+        and 0 < config.decay_switch < 1
+    ):
+        raise ValueError(
+            f"num_training_steps: got None, expected an int: the teacher's decay goes from {config.decay} to "
+            f"{config.decay_late} after {config.decay_switch:g} of the steps (for one decay, set decay_late to decay)"
+        )
+    return math.inf if config.decay_switch else 0
+
+
+def _public(logits: Logits) -> Tensor | Logits:
+    return logits[0].detach() if len(logits) == 1 else detached(logits)

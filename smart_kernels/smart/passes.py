@@ -1,0 +1,212 @@
+"""The forward passes of a step: with or without a perturbation, a graph for the weights, the teacher's weights.
+
+Whatever a pass changes in the model (hooks, modes, flags) is as it was when the pass ends, also by an exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from smart_kernels.smart.config import Logits
+from smart_kernels.smart.embedding import EmbeddingHook, perturb
+
+Forward = Callable[[nn.Module, Any], tuple[Tensor, Any]]
+"""How a model is run: (model, batch) -> (task loss, logits or a pair of them)."""
+GeneratorStates = list[tuple[torch.device, Tensor]]
+
+
+def run_model(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    """Run a model as Hugging Face models are: ``model(**batch)`` gives the loss and the logits.
+
+    Raises:
+        ValueError: the output has no loss, or no logits.
+    """
+    output = model(**batch)
+    if isinstance(output, tuple):  # return_dict=False: loss, logits or loss, start logits, end logits
+        spans = "start_positions" in batch
+        if len(output) < 2 + spans or not isinstance(output[0], Tensor) or output[0].dim() != 0:
+            raise ValueError("model: its output tuple does not begin with a loss and logits; are labels in the batch?")
+        return output[0], output[1:3] if spans else output[1]
+    if getattr(output, "loss", None) is None:
+        raise ValueError("model: its output has no loss; put labels into the batch, or give `forward`")
+    if hasattr(output, "start_logits"):
+        return output.loss, (output.start_logits, output.end_logits)
+    if getattr(output, "logits", None) is None:
+        raise ValueError("model: its output has no logits; give `forward`")
+    return output.loss, output.logits
+
+
+@dataclass(frozen=True)
+class CleanPass:
+    """What the ordinary forward pass of a batch gave.
+
+    Attributes:
+        loss: the task loss.
+        logits: the logits.
+        embeds: the embeddings, in their graph; None where there is no module to perturb.
+        point: the tensor that the embeddings are to be differentiated by, through this pass's graph; None where that
+            cannot be done or was not asked for.
+    """
+
+    loss: Tensor
+    logits: Logits
+    embeds: Tensor | None
+    point: Tensor | None
+
+
+class Passes(nn.Module):
+    """Runs a model for one step after another.
+
+    Args:
+        model: the model to train.
+        forward: how it is run.
+        embedding: the module whose output is perturbed; None where no pass perturbs.
+        dropout: "shared", "independent" or "off", as in :class:`~smart_kernels.SmartConfig`.
+    """
+
+    def __init__(self, model: nn.Module, forward: Forward, embedding: nn.Module | None, dropout: str) -> None:
+        super().__init__()
+        self.model = model
+        self.hook = None if embedding is None else EmbeddingHook(embedding)
+        self._forward = forward
+        self._dropout = dropout
+        self._before: GeneratorStates = []
+        self._after: GeneratorStates = []
+
+    def forward(self, batch: Any) -> tuple[Tensor, Logits]:
+        """The task loss and the logits of a batch."""
+        loss, logits = self._forward(self.model, batch)
+        return loss, tuple(logits) if isinstance(logits, tuple | list) else (logits,)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around the passes of a step: the clean one, then extra ones, which leave no trace in the generators."""
+        if self._dropout == "off":
+            with _dropout_off(self.model):
+                yield
+            return
+        self._before = generator_states(self.model)
+        try:
+            yield
+        finally:
+            set_generator_states(self._after)
+            self._before = self._after = []
+
+    def clean(self, batch: Any, differentiable: bool) -> CleanPass:
+        """The ordinary pass.
+
+        Args:
+            batch: the batch.
+            differentiable: keep its graph as far as the embeddings. Not so where there is no graph at all, or where
+                torch.compile made it: what is inside of such a one has no gradient.
+        """
+        embeds = point = None
+        if self.hook is None:
+            loss, logits = self(batch)
+        else:
+            with self.hook.read(differentiable and torch.is_grad_enabled() and not self._compiled()):
+                loss, logits = self(batch)
+            embeds, point = self.hook.take()
+        if self._dropout != "off":
+            self._after = generator_states(self.model)
+        return CleanPass(loss, logits, embeds, point)
+
+    def perturbed(self, batch: Any, embeds: Tensor, delta: Tensor) -> Logits:
+        """The logits at embeddings + delta, in a graph for the weights.
+
+        The embeddings are the clean pass's: a second look-up would have a gradient of the vocabulary's size.
+        """
+        assert self.hook is not None
+        with self._extra(), self.hook.replace(perturb(embeds, delta)):
+            return self(batch)[1]  # type: ignore[no-any-return]
+
+    @contextmanager
+    def probe(self, batch: Any, embeds: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Logits]]:
+        """The task loss and the logits at embeddings + delta, in a graph for delta and for no weight.
+
+        Its gradients are to be taken inside the context: a checkpointed layer runs again then, as it ran before.
+        """
+        assert self.hook is not None
+        with self._extra(), _weights_frozen(self.model):
+            with self.hook.replace(perturb(embeds.detach(), delta.requires_grad_())):
+                result = self(batch)
+            yield result
+
+    def substituted(self, batch: Any, parameters: Mapping[str, Tensor]) -> Logits:
+        """The logits with these parameters in place of the model's own, without any graph."""
+        prefix = "model._orig_mod." if "_orig_mod" in self.model._modules else "model."
+        renamed = {prefix + name: value for name, value in parameters.items()}
+        with self._extra(), torch.no_grad():
+            return torch.func.functional_call(self, renamed, (batch,))[1]  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _extra(self) -> Iterator[None]:
+        """A pass beside the clean one: its dropout masks, and no second count of what batch norm has seen."""
+        if self._dropout == "shared":
+            set_generator_states(self._before)
+        tracking = [
+            m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats
+        ]
+        for module in tracking:
+            module.track_running_stats = False
+        try:
+            yield
+        finally:
+            for module in tracking:
+                module.track_running_stats = True
+
+    def _compiled(self) -> bool:
+        return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in self.model.modules())
+
+
+def generator_states(model: nn.Module) -> GeneratorStates:
+    """The state of the default generators that a model may draw from: the CPU's and its own devices'.
+
+    They lie on the host, those of a GPU too, so nothing waits for the device.
+    """
+    devices = {p.device for p in model.parameters()} - {torch.device("cpu")}
+    states = [(torch.device("cpu"), torch.get_rng_state())]
+    return states + [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
+
+
+def set_generator_states(states: GeneratorStates) -> None:
+    """Set the default generators to what :func:`generator_states` gave."""
+    for device, state in states:
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+@contextmanager
+def _weights_frozen(model: nn.Module) -> Iterator[None]:
+    """No graph for the weights: nothing is kept for their gradients, and they are not computed."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _dropout_off(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, but for batch norm, whose statistics are no matter of dropout."""
+    training = [m for m in model.modules() if m.training and not isinstance(m, _BatchNorm)]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

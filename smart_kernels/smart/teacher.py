@@ -1,0 +1,96 @@
+"""The momentum teacher: an average of the trainable parameters, run in the student's own module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from smart_kernels.ops.ema import ema_update_
+
+
+class Teacher:
+    r"""Shadows of a model's trainable parameters: :math:`\tilde\theta \leftarrow (1-\beta)\theta + \beta\tilde\theta`.
+
+    The mean teacher of SMART (Jiang et al. 2020, arXiv 1911.03437, section 3.2). What the model has frozen, and its
+    buffers, have no shadow: the teacher shares them. A parameter that is tied to several places has one.
+
+    Args:
+        model: the student, on its device, with what is not to be trained frozen.
+
+    Attributes:
+        shadows: by parameter name; fp32, or fp64 for fp64 parameters.
+
+    Raises:
+        ValueError: the model has no trainable parameter.
+
+    Example:
+        >>> import torch
+        >>> from smart_kernels.smart.teacher import Teacher
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> teacher = Teacher(model)
+        >>> with torch.no_grad():
+        ...     start = model.weight.clone()
+        ...     _ = model.weight.add_(1.0)  # an optimiser's step
+        >>> teacher.update(0.75)
+        >>> with teacher.weights():
+        ...     print(model.weight.detach() - start)
+        tensor([[0.2500, 0.2500]])
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        model = getattr(model, "_orig_mod", model)
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self._parameters:
+            raise ValueError("model: has no parameter that requires grad, so there is nothing to average")
+        self.shadows = {
+            name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+            for name, p in self._parameters.items()
+        }
+
+    def update(self, decay: float | Tensor) -> None:
+        """Move the shadows towards the parameters, in place; `decay` as in :func:`~smart_kernels.ema_update_`."""
+        ema_update_(list(self.shadows.values()), list(self._parameters.values()), decay)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The shadows by parameter name, each in the dtype of its parameter: copies only where that is another."""
+        return {name: shadow.to(self._parameters[name].dtype) for name, shadow in self.shadows.items()}
+
+    @contextmanager
+    def weights(self) -> Iterator[None]:
+        """The model has the teacher's weights in this context, to be evaluated, saved or copied, not to be trained.
+
+        No parameter is copied unless its dtype is not its shadow's; what was there comes back, whatever happens.
+        """
+        students = {name: p.data for name, p in self._parameters.items()}
+        try:
+            for name, value in self.parameters().items():
+                self._parameters[name].data = value
+            yield
+        finally:
+            for name, value in students.items():
+                self._parameters[name].data = value
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The shadows by parameter name; they are not copied."""
+        return dict(self.shadows)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Set the shadows to those of a :meth:`state_dict`.
+
+        Raises:
+            ValueError: a name, shape or dtype differs; nothing was changed then.
+        """
+        differing = [f"{name}: missing" for name in self.shadows.keys() - state.keys()]
+        differing += [f"{name}: not in the model, or frozen there" for name in state.keys() - self.shadows.keys()]
+        for name in self.shadows.keys() & state.keys():
+            for what in ("shape", "dtype"):
+                got, expected = getattr(state[name], what), getattr(self.shadows[name], what)
+                if got != expected:
+                    differing.append(f"{name}: got {what} {got}, expected {expected}")
+        if differing:
+            raise ValueError("state: does not fit the teacher's shadows: " + "; ".join(sorted(differing)))
+        for name, shadow in self.shadows.items():
+            shadow.copy_(state[name])

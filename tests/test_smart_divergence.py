@@ -1,0 +1,119 @@
+"""Which divergence a batch gets, what it counts, and what it refuses to guess."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from smart_kernels.smart.divergence import Custom, SquaredError, SymmetricKL, choose_divergence
+
+GPT2 = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=7, bos_token_id=1, eos_token_id=2)
+BERT = transformers.BertConfig(
+    hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=7
+)
+T5 = transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=7)
+PLAIN = nn.Linear(1, 1)
+
+
+def logits(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def rows(a: Tensor, b: Tensor) -> Tensor:
+    """The symmetric KL of each row, by its definition."""
+    return ((a.softmax(-1) - b.softmax(-1)) * (a.log_softmax(-1) - b.log_softmax(-1))).sum(-1)
+
+
+def check(
+    a: Any, b: Any, batch: dict[str, Tensor], expected: Tensor, model: nn.Module = PLAIN, kind: str = "auto"
+) -> None:
+    a, b = (x if isinstance(x, tuple) else (x,) for x in (a, b))
+    divergence = choose_divergence(kind, a, batch, model)
+    torch.testing.assert_close(divergence(a, b), expected, rtol=1e-9, atol=1e-15)
+    # the cotangent is the gradient up to one positive factor
+    leaves = [x.clone().requires_grad_() for x in a]
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(divergence(tuple(leaves), b), leaves)])
+    actual = torch.cat([g.flatten() for g in divergence.cotangent(a, b)]).to(exact.dtype)
+    torch.testing.assert_close(actual / actual.norm(), exact / exact.norm(), rtol=0, atol=1e-9)
+
+
+def test_classes() -> None:
+    a, b = logits(4, 3), logits(4, 3)
+    check(a, b, {"labels": torch.tensor([0, 1, 2, -100])}, rows(a, b).mean())  # R_s needs no label
+    check(a, b, {}, rows(a, b).mean())
+
+
+def test_numbers() -> None:
+    for shape in ((4, 1), (4,)):
+        a, b = logits(*shape), logits(*shape)
+        check(a, b, {"labels": logits(4)}, (a - b).square().mean())
+    a, b = logits(4, 3), logits(4, 3)
+    check(a, b, {"labels": logits(4, 3)}, (a - b).square().mean(), kind="squared_error")
+
+
+def test_tokens_that_have_a_label() -> None:
+    a, b = logits(2, 4, 3), logits(2, 4, 3)
+    labels = torch.tensor([[0, 1, -100, 2], [-100, 1, -100, -100]])
+    batch = {"labels": labels, "attention_mask": torch.ones(2, 4)}
+    for model in (PLAIN, transformers.BertForMaskedLM(BERT), transformers.T5ForConditionalGeneration(T5)):
+        check(a, b, batch, rows(a, b)[labels != -100].mean(), model)
+
+
+def test_tokens_whose_next_one_has_a_label() -> None:
+    a, b = logits(2, 4, 7), logits(2, 4, 7)
+    labels = torch.tensor([[0, 1, -100, 2], [-100, 1, -100, -100]])
+    counted = rows(a, b)[:, :-1][labels[:, 1:] != -100]
+    assert len(counted) == 3
+    check(a, b, {"labels": labels}, counted.mean(), transformers.GPT2LMHeadModel(GPT2))
+
+
+def test_tokens_without_labels_are_those_that_are_no_padding() -> None:
+    a, b = logits(2, 4, 3), logits(2, 4, 3)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    check(a, b, {"attention_mask": mask}, rows(a, b)[mask == 1].mean())
+    check(a, b, {}, rows(a, b).mean())
+
+
+def test_spans() -> None:
+    a, b = (logits(2, 4), logits(2, 4)), (logits(2, 4), logits(2, 4))
+    check(a, b, {}, (rows(a[0], b[0]).mean() + rows(a[1], b[1]).mean()) / 2)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    parts = [(rows(x[:1], y[:1]) + rows(x[1:, :2], y[1:, :2])).sum() / 2 for x, y in zip(a, b, strict=True)]
+    check(a, b, {"attention_mask": mask}, (parts[0] + parts[1]) / 2)
+    for cotangent in SymmetricKL(absent=mask == 0).predicted(a):
+        assert (cotangent[mask == 0] == 0).all()
+
+
+def test_a_callable_gets_logits_and_batch() -> None:
+    batch = {"weights": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+
+    def weighted(input: Tensor, target: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return ((input - target).square().sum(1) * batch["weights"]).sum()
+
+    a, b = (logits(2, 3),), (logits(2, 3),)
+    divergence = choose_divergence(weighted, a, batch, PLAIN)
+    assert isinstance(divergence, Custom)
+    torch.testing.assert_close(divergence(a, b), weighted(a[0], b[0], batch))
+    (cotangent,) = divergence.cotangent(a, b)
+    torch.testing.assert_close(cotangent, 2 * (a[0] - b[0]) * batch["weights"][:, None])
+    torch.testing.assert_close(divergence.predicted(a), SymmetricKL().predicted(a))
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    torch.testing.assert_close(divergence.fisher(a, generators[0]), SymmetricKL().fisher(a, generators[1]))
+    with pytest.raises(ValueError, match=r"divergence: the callable returned shape \(2,\), expected a scalar"):
+        choose_divergence(lambda input, target, batch: input[:, 0], a, batch, PLAIN)(a, b)
+    with pytest.raises(ValueError, match="divergence: the callable returned float"):
+        choose_divergence(lambda input, target, batch: 1.0, a, batch, PLAIN)(a, b)
+
+
+def test_does_not_guess() -> None:
+    with pytest.raises(ValueError, match="divergence: got 'auto' with real-valued labels"):
+        choose_divergence("auto", (logits(4, 3),), {"labels": logits(4, 3)}, PLAIN)
+    for shapes in ([(2, 3, 4, 5)], [(2, 3)] * 3):
+        with pytest.raises(ValueError, match="divergence: got 'auto' with logits of shape"):
+            choose_divergence("auto", tuple(logits(*shape) for shape in shapes), {}, PLAIN)
+    assert isinstance(choose_divergence("symmetric_kl", (logits(4, 3),), {"labels": logits(4, 3)}, PLAIN), SymmetricKL)
+    assert isinstance(choose_divergence("squared_error", (logits(4, 3),), {}, PLAIN), SquaredError)
