@@ -165,6 +165,8 @@ def normal(seed: int, numel: int) -> np.ndarray:
     angle = words[:, 1::2].astype(WIDE) * (2 * np.pi / 2**32)
     pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)  # (counter, pair, number)
     return pairs.reshape(-1, 16, 4).transpose(0, 2, 1).reshape(-1)[:numel]
+
+
 class Ema:
     """e + (1 - decay)(p - e) in extended precision, which leaves 2^-11 of a bit of float64."""
 
