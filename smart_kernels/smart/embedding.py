@@ -132,7 +132,7 @@ class EmbeddingHook:
 
 
 def perturb(embeds: Tensor, delta: Tensor) -> Tensor:
-    """Embeddings plus perturbation: formed in the wider of the two dtypes and rounded once to that of the embeddings."""
+    """Embeddings plus perturbation, formed in the wider of the two dtypes and rounded once to the embeddings'."""
     return (embeds + delta).to(embeds.dtype)
 
 
