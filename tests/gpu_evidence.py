@@ -1,7 +1,7 @@
-"""What Triton kernels show on a machine with no GPU: their compiled code read, and executed.
+"""What Triton and CUDA kernels show on a machine with no GPU: their compiled code read, and executed.
 
-Both ways take the launches from the launchers themselves, called with CPU tensors, so that what is looked at is
-what a card would get: the same tiles, warps and specialisation of the arguments.
+For Triton, both ways take the launches from the launchers themselves, called with CPU tensors, so that what is
+looked at is what a card would get: the same tiles, warps and specialisation of the arguments.
 
     for evidence in ahead_of_time("sm_90", launcher, *tensors):
         assert evidence.spills == 0 and evidence.loads[16] > 0
@@ -86,6 +86,25 @@ class Evidence:
 def ahead_of_time(target: str, launcher: Callable[..., Any], *args: Any) -> list[Evidence]:
     """Compile every kernel that `launcher(*args)` launches, for a GPU that is not there, and read the code."""
     return [_read(kernel, target) for kernel in compiled(target, launcher, *args)]
+
+
+def ahead_of_time_cuda(target: str, source: str, *include: Path) -> Evidence:
+    """Compile CUDA source with one kernel by nvcc, for a GPU that is not there, and read the code."""
+    with tempfile.TemporaryDirectory() as folder:
+        text, cubin = Path(folder, "kernel.cu"), Path(folder, "kernel.cubin")
+        text.write_text(source)
+        flags = ["-O3", "-std=c++20", f"-arch={target}", *(f"-I{path}" for path in include)]
+        _run(nvcc(), "-cubin", *flags, str(text), "-o", str(cubin))
+        registers, spills, opcodes = _read_nvidia({"cubin": cubin.read_bytes()})
+    return Evidence("cuda", target, registers, spills, 0, 0, opcodes)
+
+
+def nvcc() -> str:
+    """CUDA's compiler; without it the calling test is skipped."""
+    found = os.environ.get("NVCC") or shutil.which("nvcc")
+    if found is None:
+        pytest.skip("no nvcc on the PATH or in NVCC")
+    return found
 
 
 def compiled(target: str, launcher: Callable[..., Any], *args: Any) -> list[Any]:

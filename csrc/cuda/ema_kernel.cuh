@@ -88,6 +88,8 @@ __device__ void update_chunk(const EmaChunks& chunks, double decay, uint64_t see
   const int64_t chunk = blockIdx.x;
   E* e = reinterpret_cast<E*>(chunks.shadow[chunk]);
   const P* p = reinterpret_cast<const P*>(chunks.parameter[chunk]);
+  __builtin_assume(__isGlobal(e));
+  __builtin_assume(__isGlobal(p));
   const int64_t e_stride = chunks.shadow_stride[chunk], p_stride = chunks.parameter_stride[chunk];
   const int count = static_cast<int>(chunks.count[chunk]), thread = static_cast<int>(threadIdx.x);
   const uint64_t first_counter = chunks.start[chunk] / kNoiseGroup * 16;
