@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -417,6 +419,21 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
                 assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), shape
     finally:
         torch.set_num_threads(threads)
+
+
+@not_interpreted
+@requires_extension
+@pytest.mark.skipif("SMART_KERNELS_ISA" in os.environ, reason="this run is for one instruction set already")
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_every_instruction_set(isa: str) -> None:
+    """The accuracy tests again in a process that keeps to a lower instruction set."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "cpp and (accuracy or start)"],
+        env={**os.environ, "SMART_KERNELS_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout
 
 
 @not_interpreted

@@ -35,7 +35,7 @@ def test_interpreted() -> None:
     """The cases of test_perturbation in a process whose Triton interprets the kernels."""
     tests = Path(__file__).with_name("test_perturbation.py")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(tests)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
