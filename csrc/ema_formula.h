@@ -3,7 +3,7 @@
 //
 //   multiply, add, subtract   rounded to nearest, never contracted
 //   fused(a, b, c)            a b + c, rounded once
-//   magnitude(a), select(mask, a, b), all(mask)
+//   magnitude(a), select(mask, a, b), all_less(a, b), all_at_most(a, b)
 //
 // No include guard: a CPU kernel file is compiled once per instruction set.
 
@@ -41,9 +41,13 @@ SK_INLINE V weighted_sum(V e, V p, const Coefficients<S>& k) {
 template <bool kNarrow, typename V, typename S>
 SK_INLINE V move_towards(V e, V p, const Coefficients<S>& k) {
   const V distance = subtract(p, e), moved = fused(distance, k.weight, e);
-  const V step = multiply(magnitude(distance), kNarrow ? k.weight / 512 : k.weight * 8);
-  const auto plain = kNarrow ? step < magnitude(moved) : step <= magnitude(e);
-  return all(plain) ? moved : select(plain, moved, weighted_sum(e, p, k));
+  if constexpr (kNarrow) {
+    const V step = multiply(magnitude(distance), k.weight / 512), bound = magnitude(moved);
+    return all_less(step, bound) ? moved : select(step < bound, moved, weighted_sum(e, p, k));
+  } else {
+    const V step = multiply(magnitude(distance), k.weight * 8), bound = magnitude(e);
+    return all_at_most(step, bound) ? moved : select(step <= bound, moved, weighted_sum(e, p, k));
+  }
 }
 
 // What a narrow format drops of a float's mantissa, its smallest exponent (as a float's is stored), its largest number

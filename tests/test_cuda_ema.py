@@ -212,7 +212,7 @@ def test_a_graph_is_captured_with_a_table_that_stays(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_chunks, "_fits", lambda tensors, description: list(tensors) == description)
     monkeypatch.setattr(_chunks, "_tables", [])
     monkeypatch.setattr(_chunks, "_captured", [])
-    lists = [[mock.Mock(device=torch.device("cuda"))] for _ in range(20)]
+    lists = [[mock.Mock(device=torch.device("cuda"))] for _ in range(40)]
 
     def table(tensors: list[Any]) -> Any:
         return _chunks.chunk_table(tensors, tensors, lambda *lists: None)

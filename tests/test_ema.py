@@ -350,7 +350,7 @@ def test_a_table_is_made_once_and_again_when_a_tensor_moves() -> None:
     for _ in range(2):  # the same memory, seen another way
         check(lambda *a: ema_update_(*a), [(square, transposed)], 0.9)
         transposed.t_()
-    for n in range(1, 20):  # more lists than tables are kept
+    for n in range(1, 40):  # more lists than tables are kept
         lists = [pair(n, torch.float32, torch.bfloat16)]
         check(lambda *a: ema_update_(*a), lists, 0.9)
     check(lambda *a: ema_update_(*a), list(zip(shadows, parameters, strict=True)), 0.9)

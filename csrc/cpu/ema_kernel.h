@@ -52,8 +52,21 @@ template <typename V>
 SK_INLINE V magnitude(V a) {
   return vabs<std::remove_reference_t<decltype(a[0])>>(a);
 }
-SK_INLINE bool all(Mask<float> m) { return !any<float>(~m); }
-SK_INLINE bool all(Mask<double> m) { return !any<double>(~m); }
+#if SK_VECTOR_BYTES == 64
+SK_INLINE bool all_less(Vec<float> a, Vec<float> b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ) == 0xffff;
+}
+SK_INLINE bool all_at_most(Vec<float> a, Vec<float> b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ) == 0xffff;
+}
+SK_INLINE bool all_at_most(Vec<double> a, Vec<double> b) {
+  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LE_OQ) == 0xff;
+}
+#else
+SK_INLINE bool all_less(Vec<float> a, Vec<float> b) { return !any<float>(~(a < b)); }
+SK_INLINE bool all_at_most(Vec<float> a, Vec<float> b) { return !any<float>(~(a <= b)); }
+SK_INLINE bool all_at_most(Vec<double> a, Vec<double> b) { return !any<double>(~(a <= b)); }
+#endif
 
 #include "ema_formula.h"
 
@@ -92,60 +105,62 @@ SK_INLINE void store_stochastically(E* e, Vec<float> x, const uint32_t* random) 
   __builtin_memcpy(e, &rounded, sizeof rounded);
 }
 
-template <typename E, typename P>
+// A decay of 0 is a copy
+template <bool kCopy, typename E, typename P>
 SK_INLINE auto moved(const E* e, const P* p, const Coefficients<Arithmetic<E>>& k) {
-  const Vec<Arithmetic<E>> parameter = load(p);
-  return k.decay == 0 ? parameter : move_towards<sizeof(E) == 2>(load(e), parameter, k);
+  if constexpr (kCopy) return load(p);
+  else return move_towards<sizeof(E) == 2>(load(e), load(p), k);
 }
 
-// Of elements that lie dense. The last vector overlaps the one before it: it is taken before that is stored. Meanwhile
-// memory that comes later is asked for, into L2: the hardware does not look beyond a page, and many a tensor is as small.
-template <typename E, typename P>
+// Of elements that lie dense. The last vector overlaps the one before it: it is taken before that is stored.
+// Meanwhile memory that comes later, if it is given, is asked for.
+template <bool kCopy, typename E, typename P>
 SK_INLINE void update_nearest(
-    E* e, const P* p, int64_t count, const Coefficients<Arithmetic<E>>& k, const E* later_e, const P* later_p) {
+    E* e, const P* p, int64_t count, Coefficients<Arithmetic<E>> k, const E* later_e = nullptr, const P* later_p = nullptr) {
   constexpr int N = kLanes<Arithmetic<E>>;
   const int64_t tail = count - N;
-  const auto last = moved(static_cast<const E*>(e + tail), p + tail, k);
+  const auto last = moved<kCopy>(static_cast<const E*>(e + tail), p + tail, k);
   for (int64_t i = 0; i < tail; i += N) {
-    __builtin_prefetch(later_e + i, 0, 2);
-    __builtin_prefetch(later_p + i, 0, 2);
-    store(e + i, moved(static_cast<const E*>(e + i), p + i, k));
+    if (later_e) {
+      __builtin_prefetch(later_e + i, 0, 2);
+      __builtin_prefetch(later_p + i, 0, 2);
+    }
+    store(e + i, moved<kCopy>(static_cast<const E*>(e + i), p + i, k));
   }
   store(e + tail, last);
 }
 
 // Of a whole group
-template <typename E, typename P>
-SK_INLINE void update_stochastically(
-    E* e, const P* p, const Coefficients<float>& k, uint64_t seed, uint64_t group) {
+template <bool kCopy, typename E, typename P>
+SK_INLINE void update_stochastically(E* e, const P* p, Coefficients<float> k, uint64_t seed, uint64_t group) {
   uint32_t random[kNoiseGroup];
   random_words(seed, group, random);
   for (int i = 0; i < kNoiseGroup; i += kLanes<float>)
-    store_stochastically(e + i, moved(static_cast<const E*>(e + i), p + i, k), random + i);
+    store_stochastically(e + i, moved<kCopy>(static_cast<const E*>(e + i), p + i, k), random + i);
 }
 
-template <typename E, typename P, bool kStochastic>
+template <bool kCopy, bool kStochastic, typename E, typename P>
 void update_chunk(const EmaJob& job, int64_t chunk, int64_t later, const Coefficients<Arithmetic<E>>& k) {
   E* e = reinterpret_cast<E*>(job.chunks.shadow[chunk]);
   const P* p = reinterpret_cast<const P*>(job.chunks.parameter[chunk]);
   const int64_t count = job.chunks.count[chunk];
   const int64_t e_stride = job.chunks.shadow_stride[chunk], p_stride = job.chunks.parameter_stride[chunk];
-  if constexpr (std::is_same_v<E, P>) {
-    if (job.decay == 0) {  // to the bit, NaNs too
-      for (int64_t i = 0; i < count; ++i) e[i * e_stride] = p[i * p_stride];
-      return;
-    }
+  if constexpr (kCopy && std::is_same_v<E, P>) {  // to the bit, NaNs too
+    for (int64_t i = 0; i < count; ++i) e[i * e_stride] = p[i * p_stride];
+    return;
   }
   const bool dense = e_stride == 1 && p_stride == 1;
   const uint64_t first_group = job.chunks.start[chunk] / kNoiseGroup;
   int64_t i = 0;
   if constexpr (kStochastic) {
     for (; dense && i + kNoiseGroup <= count; i += kNoiseGroup)
-      update_stochastically(e + i, p + i, k, job.seed, first_group + i / kNoiseGroup);
+      update_stochastically<kCopy>(e + i, p + i, k, job.seed, first_group + i / kNoiseGroup);
   } else if (dense && count >= kLanes<Arithmetic<E>>) {
-    return update_nearest(
-        e, p, count, k, reinterpret_cast<const E*>(job.chunks.shadow[later]),
-        reinterpret_cast<const P*>(job.chunks.parameter[later]));
+    // The hardware finds the way through a large tensor, through narrow ones not as well, but not from one small tensor
+    // to the next: all of theirs is asked for, into L2.
+    const E* later_e = reinterpret_cast<const E*>(job.chunks.shadow[later]);
+    if (sizeof(E) > 2 && later_e == e + (later - chunk) * count) return update_nearest<kCopy>(e, p, count, k);
+    return update_nearest<kCopy>(e, p, count, k, later_e, reinterpret_cast<const P*>(job.chunks.parameter[later]));
   }
   for (; i < count; i += kNoiseGroup) {
     E old[kNoiseGroup] = {};
@@ -155,24 +170,32 @@ void update_chunk(const EmaJob& job, int64_t chunk, int64_t later, const Coeffic
       old[j] = e[(i + j) * e_stride];
       parameter[j] = p[(i + j) * p_stride];
     }
-    if constexpr (kStochastic) update_stochastically(old, parameter, k, job.seed, first_group + i / kNoiseGroup);
-    else update_nearest<E, P>(old, parameter, kNoiseGroup, k, e, p);
+    if constexpr (kStochastic)
+      update_stochastically<kCopy>(old, parameter, k, job.seed, first_group + i / kNoiseGroup);
+    else
+      update_nearest<kCopy, E, P>(old, parameter, kNoiseGroup, k);
     for (int64_t j = 0; j < n; ++j) e[(i + j) * e_stride] = old[j];
   }
+}
+
+template <bool kStochastic, typename E, typename P>
+SK_INLINE void update(const EmaJob& job, int64_t chunk, int64_t later, const Coefficients<Arithmetic<E>>& k) {
+  if (k.decay == 0) update_chunk<true, kStochastic, E, P>(job, chunk, later, k);
+  else update_chunk<false, kStochastic, E, P>(job, chunk, later, k);
 }
 
 template <typename E>
 SK_INLINE void update_from(
     int64_t parameter_dtype, const EmaJob& job, int64_t chunk, int64_t later, const Coefficients<float>& k) {
-  const auto update = [&](auto p) SK_LAMBDA {
+  const auto from = [&](auto p) SK_LAMBDA {
     using P = decltype(p);
     if (sizeof(E) == 2 && job.stochastic) {
-      if constexpr (sizeof(E) == 2) update_chunk<E, P, true>(job, chunk, later, k);
+      if constexpr (sizeof(E) == 2) update<true, E, P>(job, chunk, later, k);
     } else {
-      update_chunk<E, P, false>(job, chunk, later, k);
+      update<false, E, P>(job, chunk, later, k);
     }
   };
-  parameter_dtype == kFloat ? update(float{}) : parameter_dtype == kBfloat16 ? update(bf16{}) : update(fp16{});
+  parameter_dtype == kFloat ? from(float{}) : parameter_dtype == kBfloat16 ? from(bf16{}) : from(fp16{});
 }
 
 void ema_chunks(const EmaJob& job, int64_t begin, int64_t end) {
@@ -184,7 +207,7 @@ void ema_chunks(const EmaJob& job, int64_t begin, int64_t end) {
       case kFloat: update_from<float>(dtypes / 4, job, chunk, later, k); break;
       case kBfloat16: update_from<bf16>(dtypes / 4, job, chunk, later, k); break;
       case kFloat16: update_from<fp16>(dtypes / 4, job, chunk, later, k); break;
-      default: update_chunk<double, double, false>(job, chunk, later, wide);
+      default: update<false, double, double>(job, chunk, later, wide);
     }
   }
 }

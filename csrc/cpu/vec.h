@@ -64,9 +64,13 @@ struct fp16 {
 typedef uint16_t Bits16 __attribute__((vector_size(SK_VECTOR_BYTES / 2)));
 
 SK_INLINE Vec<float> load(const bf16* p) {
+#if SK_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#else
   Bits16 bits;
   __builtin_memcpy(&bits, p, sizeof bits);
   return (Vec<float>)(__builtin_convertvector(bits, Mask<float>) << 16);
+#endif
 }
 SK_INLINE Vec<float> load(const fp16* p) {
 #if SK_VECTOR_BYTES == 64
@@ -87,8 +91,12 @@ SK_INLINE Vec<float> load(const fp16* p) {
 SK_INLINE void store(bf16* p, Vec<float> x) {
   const Mask<float> bits = (Mask<float>)x, odd = (bits >> 16) & 1;
   const Mask<float> rounded = x == x ? bits + (odd + 0x7fff) : Mask<float>{} + 0x7fc00000;
+#if SK_VECTOR_BYTES == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)(rounded >> 16)));
+#else
   const Bits16 half = __builtin_convertvector((rounded >> 16) & 0xffff, Bits16);
   __builtin_memcpy(p, &half, sizeof half);
+#endif
 }
 SK_INLINE void store(fp16* p, Vec<float> x) {
 #if SK_VECTOR_BYTES == 64

@@ -25,7 +25,14 @@ SK_INLINE double add(double a, double b) { return __dadd_rn(a, b); }
 SK_INLINE double subtract(double a, double b) { return __dsub_rn(a, b); }
 SK_INLINE double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
 SK_INLINE double magnitude(double a) { return fabs(a); }
-SK_INLINE bool all(bool mask) { return mask; }
+template <typename V>
+SK_INLINE bool all_less(V a, V b) {
+  return a < b;
+}
+template <typename V>
+SK_INLINE bool all_at_most(V a, V b) {
+  return a <= b;
+}
 template <typename V>
 SK_INLINE V select(bool mask, V a, V b) {
   return mask ? a : b;

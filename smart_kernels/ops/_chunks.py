@@ -21,7 +21,7 @@ CHUNK = 8192
 NOISE_GROUP = 64
 """Elements that share counters of the random generator; a chunk starts with a new group."""
 
-_KEPT = 8
+_KEPT = 32
 _tables: list[_Table] = []  # of the last lists, the latest first
 _captured: list[Tensor] = []  # a CUDA graph reads its table at every replay
 
