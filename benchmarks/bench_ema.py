@@ -53,8 +53,8 @@ SMALL = [(1000,)] * 2000
 Tensors = list[Tensor]
 
 
-class Inputs(nn.Module):
-    """Shadows and parameters as a module, for the ways that work on modules."""
+class Model(nn.Module):
+    """Shadows or parameters as a module, for the ways that work on modules."""
 
     def __init__(self, tensors: Tensors) -> None:
         super().__init__()
@@ -89,11 +89,11 @@ def foreach_mul_add(shadows: Tensors, parameters: Tensors, *_: Any) -> None:
     torch._foreach_add_(shadows, parameters, alpha=1 - DECAY)
 
 
-def averaged_model(_shadows: Tensors, _parameters: Tensors, student: Inputs, averaged: AveragedModel, *_: Any) -> None:
+def averaged_model(_shadows: Tensors, _parameters: Tensors, student: Model, averaged: AveragedModel, *_: Any) -> None:
     averaged.update_parameters(student)
 
 
-def ema_pytorch(_shadows: Tensors, _parameters: Tensors, student: Inputs, _averaged: Any, ema: Any) -> None:
+def ema_pytorch(_shadows: Tensors, _parameters: Tensors, student: Model, _averaged: Any, ema: Any) -> None:
     if ema is None:
         raise ImportError("not installed")
     ema.update_moving_average(ema.ema_model, student, DECAY)
@@ -122,15 +122,21 @@ def ways(shadow_dtype: torch.dtype) -> dict[str, Callable[..., None]]:
     return found
 
 
+def dtypes_of(pair: str) -> tuple[torch.dtype, torch.dtype]:
+    """Of the shadow and of the parameter."""
+    shadow, parameter = pair.split("-")
+    return DTYPES[shadow], DTYPES[parameter]
+
+
 def make_inputs(
     shapes: Sequence[tuple[int, ...]], dtypes: tuple[torch.dtype, torch.dtype], device: str
-) -> tuple[Tensors, Tensors, Inputs, AveragedModel, Any]:
+) -> tuple[Tensors, Tensors, Model, AveragedModel, Any]:
     """Parameters, shadows that have followed them for a while, and both as the modules that peers want."""
     parameters = [torch.randn(shape, device=device) for shape in shapes]
     shadows = [(p + 0.1 * torch.randn_like(p)).to(dtypes[0]) for p in parameters]
     parameters = [p.to(dtypes[1]) for p in parameters]
-    student = Inputs(parameters)
-    averaged = AveragedModel(Inputs(shadows), multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    student = Model(parameters)
+    averaged = AveragedModel(Model(shadows), multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     averaged.n_averaged.fill_(1)
     for mine, shadow in zip(averaged.parameters(), shadows, strict=True):
         mine.data = shadow
@@ -138,7 +144,7 @@ def make_inputs(
     if importlib.util.find_spec("ema_pytorch"):
         make = importlib.import_module("ema_pytorch").EMA
         options = {"include_online_model": False, "use_foreach": True, "coerce_dtype": True}
-        ema = make(student, ema_model=Inputs(shadows), beta=DECAY, **options)
+        ema = make(student, ema_model=Model(shadows), beta=DECAY, **options)
     return shadows, parameters, student, averaged, ema
 
 
@@ -151,7 +157,7 @@ def measure_exactness(report: Report, device: str) -> None:
     truth = end - (end - begin) * DECAY**steps
     figures: dict[str, dict[str, tuple[float, float]]] = {}
     for pair in PAIRS:
-        dtypes = [DTYPES[name] for name in pair.split("-")]
+        dtypes = dtypes_of(pair)
         figures[pair] = {}
         for name, update in ways(dtypes[0]).items():
             shadow, parameter = (
@@ -208,7 +214,7 @@ def measure_speed(report: Report, args: argparse.Namespace, progress: Callable[[
             continue
         elements = sum(map(math.prod, shapes))
         for pair in args.dtypes:
-            e, p = (DTYPES[dtype] for dtype in pair.split("-"))
+            e, p = dtypes_of(pair)
             report.add(
                 measure(
                     f"{name}, {len(shapes)} tensors, {elements / 1e6:.0f} M",
@@ -235,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and the figure (%(default)s)")
     args = parser.parse_args(argv)
     report = Report("bench_ema", vars(args), args.device)
-    steps = len(args.lists) * sum(measure_steps(ways(DTYPES[pair.split("-")[0]])) for pair in args.dtypes)
+    steps = len(args.lists) * sum(measure_steps(ways(dtypes_of(pair)[0])) for pair in args.dtypes)
     with torch.no_grad(), progress_bar(steps, "bench_ema") as progress:
         measure_exactness(report, args.device)
         measure_speed(report, args, progress)

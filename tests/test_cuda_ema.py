@@ -204,15 +204,20 @@ def test_machine_code(target: str, stochastic: bool) -> None:
 
 def test_a_graph_is_captured_with_a_table_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a stand-in for a device: no table is copied while a graph is captured, and one captured is never dropped."""
-    capturing = mock.Mock(return_value=False)
+    device, capturing = torch.device("cuda"), mock.Mock(return_value=False)
+
+    def made() -> Any:
+        """A table that was copied to the device."""
+        return mock.Mock(**{"to.return_value": mock.Mock(device=device)})
+
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", capturing)
     monkeypatch.setattr(torch.cuda, "synchronize", mock.Mock())
-    monkeypatch.setattr(_chunks, "make_table", mock.Mock(side_effect=lambda *lists: mock.Mock()))
-    monkeypatch.setattr(_chunks, "_describe", list)
-    monkeypatch.setattr(_chunks, "_fits", lambda tensors, description: list(tensors) == description)
+    monkeypatch.setattr(_chunks, "make_table", mock.Mock(side_effect=lambda *lists: made()))
+    monkeypatch.setattr(_chunks, "_compiled", None)
+    monkeypatch.setattr(_chunks, "_describe_slowly", list)
     monkeypatch.setattr(_chunks, "_tables", [])
     monkeypatch.setattr(_chunks, "_captured", [])
-    lists = [[mock.Mock(device=torch.device("cuda"))] for _ in range(40)]
+    lists = [[mock.Mock(device=device)] for _ in range(40)]
 
     def table(tensors: list[Any]) -> Any:
         return _chunks.chunk_table(tensors, tensors, lambda *lists: None)

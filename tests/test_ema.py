@@ -410,6 +410,21 @@ def test_a_shadow_that_requires_grad_is_refused_unless_nothing_is_recorded() -> 
         ema_update_([torch.zeros(3)], [torch.ones(3)], 0.9)
 
 
+@requires_extension
+def test_the_operator_reads_no_wrong_numbers() -> None:
+    e, p = pair(10, torch.float32, torch.float32)
+    before = e.clone()
+    for decay in (torch.tensor(0.9).bfloat16(), torch.tensor([0.5, 0.5])):
+        with pytest.raises(RuntimeError, match="expected decay_tensor to be one number"):
+            update([e], [p], 0.9, decay, None)
+    for seed in (torch.tensor(1).int(), torch.tensor([1, 2])):
+        with pytest.raises(RuntimeError, match="expected seed to be one number"):
+            update([e], [p], 0.9, None, seed)
+    with pytest.raises(RuntimeError, match="expected a table"):
+        torch.ops.smart_kernels.ema_update_chunks(torch.zeros(3, 5, dtype=torch.int64), 0.9, None, None)
+    assert torch.equal(e, before)
+
+
 @pytest.mark.parametrize("decay", [None, torch.tensor(0.9)])
 @pytest.mark.parametrize("seed", [None, torch.tensor(3)])
 def test_opcheck(decay: torch.Tensor | None, seed: torch.Tensor | None) -> None:

@@ -2,6 +2,7 @@
 // given back under the interpreter's lock, which is what tensor lists cost when they pass the dispatcher.
 #include "cpu/describe.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -56,31 +57,17 @@ const Torch& torch() {
   return found;
 }
 
-// Asks for what will be read of a tensor's object `kAhead` places on, and of what lies behind the first words of one
-// half as far on, the tensor itself. A prefetch from a wrong address does nothing.
-constexpr Py_ssize_t kAhead = 16;
-void prefetch(PyObject* tensors, Py_ssize_t i, Py_ssize_t count) {
-  if (i + kAhead < count) __builtin_prefetch(PyList_GetItem(tensors, i + kAhead));
-  if (i + kAhead / 2 >= count) return;
-  const char* behind[4];
-  std::memcpy(behind, PyList_GetItem(tensors, i + kAhead / 2), sizeof behind);
-  for (int line = 0; line < 256; line += 64) {
-    __builtin_prefetch(behind[2] + line);
-    __builtin_prefetch(behind[3] + line);
-  }
-}
-
 // f(word) for all that the description of a list is made of, until f returns false: 1 when it never has, 0 then and where
-// a tensor cannot be read so, -1 with an exception where `tensors` is no list
-template <typename F>
-int for_each_word(PyObject* tensors, F&& f) {
+// a tensor cannot be read so, -1 with an exception where `tensors` is no list. before(i) is called before the i-th is.
+template <typename F, typename Before>
+int for_each_word(PyObject* tensors, F&& f, Before&& before) {
   const Py_ssize_t count = PyList_Size(tensors);
   if (count < 0) return -1;
   if (!torch().api) return 0;
   for (Py_ssize_t i = 0; i < count; ++i) {
-    prefetch(tensors, i, count);
+    before(i);
     PyObject* object = PyList_GetItem(tensors, i);
-    auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
     if (type != torch().tensor && type != torch().parameter) return 0;
     DLTensor x;
     if (torch().api->dltensor_from_py_object(object, &x) != 0) {
@@ -101,10 +88,11 @@ int for_each_word(PyObject* tensors, F&& f) {
 
 PyObject* describe(PyObject*, PyObject* tensors) {
   std::vector<int64_t> words;
-  const int result = for_each_word(tensors, [&](int64_t word) {
+  const auto keep = [&](int64_t word) {
     words.push_back(word);
     return true;
-  });
+  };
+  const int result = for_each_word(tensors, keep, [](Py_ssize_t) {});
   if (result < 0) return nullptr;
   if (result == 0) Py_RETURN_NONE;
   return PyBytes_FromStringAndSize(
@@ -112,14 +100,25 @@ PyObject* describe(PyObject*, PyObject* tensors) {
 }
 
 PyObject* matches(PyObject*, PyObject* arguments) {
-  PyObject *tensors, *description;
-  if (!PyArg_ParseTuple(arguments, "OS", &tensors, &description)) return nullptr;
+  constexpr Py_ssize_t kAhead = 16;
+  PyObject *tensors, *description, *places;
+  if (!PyArg_ParseTuple(arguments, "OSS", &tensors, &description, &places)) return nullptr;
   const char* next = PyBytes_AsString(description);
   const char* const end = next + PyBytes_Size(description);
-  const int result = for_each_word(tensors, [&](int64_t word) {
-    const bool same = next != end && std::memcmp(next, &word, sizeof word) == 0;
+  const char* const* place = reinterpret_cast<const char* const*>(PyBytes_AsString(places));
+  const Py_ssize_t known = std::min<Py_ssize_t>(PyBytes_Size(places) / (2 * sizeof *place), PyList_Size(tensors));
+  const auto same = [&](int64_t word) {
+    const bool equal = next != end && std::memcmp(next, &word, sizeof word) == 0;
     next += sizeof word;
-    return same;
+    return equal;
+  };
+  // What will be read of the tensors is asked for as they come nearer, where it was when the list was described:
+  // prefetching what lies elsewhere by now does nothing.
+  const int result = for_each_word(tensors, same, [&](Py_ssize_t i) {
+    if ((i += kAhead) >= known) return;
+    __builtin_prefetch(PyList_GetItem(tensors, i));
+    for (int line = 0; line < 256; line += 64) __builtin_prefetch(place[2 * i] + line);
+    for (int line = 0; line < 128; line += 64) __builtin_prefetch(place[2 * i + 1] + line);
   });
   return result < 0 ? nullptr : PyBool_FromLong(result == 1 && next == end);
 }

@@ -9,7 +9,8 @@ namespace smart_kernels {
 // subclass, or where this torch has no DLPack C exchange interface
 PyObject* describe(PyObject* module, PyObject* tensors);
 
-// matches(tensors: list, description: bytes) -> bool: whether describe(tensors) would return that
+// matches(tensors: list, description: bytes, places: bytes) -> bool: whether describe(tensors) would return that. The
+// places are two addresses for each tensor, of itself and of its storage when it was described, which are not read.
 PyObject* matches(PyObject* module, PyObject* arguments);
 
 }  // namespace smart_kernels

@@ -4,9 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <optional>
-
-#include "cpu/tensors.h"
+#include "ema_arguments.h"
 
 #define SK_KERNEL "cpu/ema_kernel.h"
 #include "cpu/foreach_isa.h"
@@ -18,9 +16,7 @@ constexpr int64_t kGrain = 32768;  // elements that are worth a thread of their 
 
 void ema_update_chunks(
     const Tensor& table, double decay, const std::optional<Tensor>& decay_tensor, const std::optional<Tensor>& seed) {
-  STD_TORCH_CHECK(
-      table.scalar_type() == ScalarType::Long && table.dim() == 2 && table.size(0) == kColumns && table.is_contiguous(),
-      "ema_update_chunks: expected a table as made by ops/_chunks.py");
+  check_arguments(table, decay_tensor, seed);
   const int64_t n = table.size(1);
   if (n == 0) return;
   const auto* columns = static_cast<const int64_t*>(table.const_data_ptr());

@@ -5,24 +5,18 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <limits>
-#include <optional>
 
 #include "cuda/ema_kernel.cuh"
+#include "ema_arguments.h"
 
 namespace smart_kernels {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 void ema_update_chunks(
     const Tensor& table, double decay, const std::optional<Tensor>& decay_tensor, const std::optional<Tensor>& seed) {
-  STD_TORCH_CHECK(
-      table.scalar_type() == ScalarType::Long && table.dim() == 2 && table.size(0) == kColumns && table.is_contiguous(),
-      "ema_update_chunks: expected a table as made by ops/_chunks.py");
+  check_arguments(table, decay_tensor, seed);
   const int64_t n = table.size(1);
   if (n == 0) return;
   STD_TORCH_CHECK(n <= std::numeric_limits<int32_t>::max(), "ema_update_chunks: ", n, " chunks are too many for a grid");

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,28 +46,25 @@ def chunk_table(
         ValueError: a tensor written shares memory with another tensor or within itself.
         RuntimeError: a table would have to be made while a CUDA graph is captured.
     """
-    place = next((i for i, known in enumerate(_tables) if known.fits(written, read)), None)
-    if place is None:
-        check(written, read)
-    device = written[0].device
+    found = next((table for table in _tables if table.fits(written, read)), None)
+    device = written[0].device if found is None else found.chunks.device
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if place is not None:
-        _tables.insert(0, _tables.pop(place))
-    elif capturing:
-        raise RuntimeError(
-            "smart_kernels: these tensors are not known yet where they lie now, and a table of them cannot be copied "
-            "to the device while a CUDA graph is captured: make the same call once before"
-        )
-    else:
+    if found is None:
+        check(written, read)
+        if capturing:
+            raise RuntimeError(
+                "smart_kernels: these tensors are not known yet where they lie now, and a table of them cannot be "
+                "copied to the device while a CUDA graph is captured: make the same call once before"
+            )
         chunks = make_table(written, read).to(device)
         if device.type == "cuda" and len(_tables) == _KEPT:
             torch.cuda.synchronize(device)  # a kernel on another stream may still read the table that goes
-        _tables.insert(0, _Table(_describe(written), _describe(read), chunks))
-        del _tables[_KEPT:]
-    chunks = _tables[0].chunks
-    if capturing and not any(chunks is kept for kept in _captured):
-        _captured.append(chunks)
-    return chunks
+        found = _Table(_Description.of(written), _Description.of(read), chunks)
+    if found is not (_tables[0] if _tables else None):
+        _tables[:] = [found, *(table for table in _tables if table is not found)][:_KEPT]
+    if capturing and not any(found.chunks is chunks for chunks in _captured):
+        _captured.append(found.chunks)
+    return found.chunks
 
 
 def make_table(written: list[Tensor], read: list[Tensor]) -> Tensor:
@@ -164,24 +162,37 @@ def _describe_slowly(tensors: list[Tensor]) -> list[object]:
 _compiled = importlib.import_module(f"{NAMESPACE}._C") if load_compiled()["_C"] is None else None
 
 
-def _describe(tensors: list[Tensor]) -> object:
-    """All of a list that its chunks depend on: in bytes where compiled code can read it."""
-    return (_compiled and _compiled.describe(tensors)) or _describe_slowly(tensors)
+@dataclass(frozen=True)
+class _Description:
+    """All of a list of tensors that its chunks depend on."""
 
+    content: object
+    """In bytes where compiled code can read the tensors, which takes some 60 ns for each."""
 
-def _fits(tensors: list[Tensor], description: object) -> bool:
-    if _compiled and isinstance(description, bytes):
-        return bool(_compiled.matches(tensors, description))
-    return _describe_slowly(tensors) == description
+    places: bytes
+    """Addresses of the tensors and of their storages, which help to have them in cache when they are read again."""
+
+    @staticmethod
+    def of(tensors: list[Tensor]) -> _Description:
+        content = _compiled.describe(tensors) if _compiled else None
+        if content is None:
+            return _Description(_describe_slowly(tensors), b"")
+        places = itertools.chain.from_iterable((x._cdata, x.untyped_storage()._cdata) for x in tensors)
+        return _Description(content, array("Q", places).tobytes())
+
+    def fits(self, tensors: list[Tensor]) -> bool:
+        if _compiled and isinstance(self.content, bytes):
+            return bool(_compiled.matches(tensors, self.content, self.places))
+        return _describe_slowly(tensors) == self.content
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Chunks, and descriptions of the tensors that they are pieces of."""
+    """Chunks, and what the tensors that they are pieces of were like."""
 
-    written: object
-    read: object
+    written: _Description
+    read: _Description
     chunks: Tensor
 
     def fits(self, written: list[Tensor], read: list[Tensor]) -> bool:
-        return _fits(read, self.read) and _fits(written, self.written)
+        return self.read.fits(read) and self.written.fits(written)

@@ -24,7 +24,7 @@ def ema_update_(
 
     The momentum teacher of SMART (Jiang et al. 2020, arXiv 1911.03437, section 3.2). All tensors are updated by
     one launch, whatever their number, sizes and dtypes. The arithmetic is that of float32 (of float64 for
-    float64), and a result is off by one unit in the last place of the larger of e and the result at most.
+    float64), and a result is off by less than one unit in its last place.
 
     Args:
         ema_tensors: the shadows e, changed in place; float32, bfloat16, float16 or float64, of any shapes and
