@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 import real_data
 from harness import (
-    OURS,
+    OUR_COLOUR,
     RESULTS,
     Case,
     Peer,
@@ -282,7 +282,7 @@ def cost_figure(cases: Sequence[Case], title: str, caption: str) -> Any:
             found = costs(case)
             for place, name in enumerate(names):
                 ours = name in OURS_STEPS
-                axis.barh(place, found[name], height=0.7, color=OURS if ours else "#8C8C8C")
+                axis.barh(place, found[name], height=0.7, color=OUR_COLOUR if ours else "#8C8C8C")
                 axis.annotate(
                     f"{found[name]:.2f}",
                     (found[name], place),
@@ -299,7 +299,7 @@ def cost_figure(cases: Sequence[Case], title: str, caption: str) -> Any:
             axis.set_title(case.label)
             axis.set_xlabel("vanilla steps")
             axis.set_xlim(0, 1.15 * max(found.values()))
-        handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (OURS, "#8C8C8C")]
+        handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (OUR_COLOUR, "#8C8C8C")]
         handles.append(plt.Line2D([], [], color="#E69F00", linewidth=2))
         finish(figure, title, caption, handles, ["smart_kernels", "others", "by count of passes"])
         return figure
