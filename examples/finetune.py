@@ -194,7 +194,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", nargs="+", choices=METHODS, default=["vanilla", "smart"], help="one or several")
     parser.add_argument("--model", help="name or folder; by default MiniLM from the package index")
     parser.add_argument("--train-size", type=int, default=100, help="training examples (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=4, help="runs of each method (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (%(default)s)")
     parser.add_argument("--epochs", type=int, default=6, help="passes over the examples (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="examples in a step (%(default)s)")
     parser.add_argument("--lr", type=float, default=1e-4, help="learning rate at its highest (%(default)s)")
