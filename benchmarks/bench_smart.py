@@ -103,6 +103,7 @@ def minilm(device: str) -> tuple[nn.Module, Callable[[], dict[str, Tensor]]]:
     from transformers.utils import logging
 
     folder, train = real_data.minilm_path(), real_data.load_trec().train
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=CLASSES)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -328,6 +329,7 @@ class Strength:
         from transformers.utils import logging
 
         folder, texts = real_data.minilm_path(), real_data.load_trec().test.texts
+        logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.seed = seed
         generator = torch.Generator().manual_seed(seed)

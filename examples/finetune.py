@@ -181,6 +181,7 @@ def figure(runs: Sequence[dict[str, Any]], methods: Sequence[str], metric: str, 
                 right.plot(steps, curve, color=colour, alpha=0.25, linewidth=1)
             right.plot(steps, curves.log().nanmean(0).exp(), color=colour, linewidth=2.2)
         right.set_yscale("log")
+        right.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
         right.set_xlabel("step")
         right.set_title(f"{methods[-1]}: the terms of its loss, each seed and the mean")
         handles = [plt.Line2D([], [], color=c, linewidth=2.2) for c in colours.values()]
