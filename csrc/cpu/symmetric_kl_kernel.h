@@ -231,57 +231,113 @@ T long_row(const T* a, const T* b, int64_t cols, const Wanted<T>& want) {
   return at.spread <= kNear<T> ? row(std::true_type{}) : row(std::false_type{});
 }
 
-// kLanes rows at once, turned: vector j holds class j of each. The gradients take the place of a and b.
+// Of kLanes rows at once, turned: vector j holds class j of each. What one look at them tells, d in place of t.
 template <typename T>
-Vec<T> short_rows(Vec<T>* a, Vec<T>* b, int cols, Vec<T> scale, bool detach) {
-  Vec<T> max_a = set1(-kInf<T>), max_b = max_a, centre{};
-  Mask<T> undefined{}, infinite{};
-  for (int j = 0; j < cols; ++j) {
-    const Mask<T> gone_a = a[j] == -kInf<T>, gone_b = b[j] == -kInf<T>, larger = b[j] > max_b;
-    undefined |= ~(a[j] < kInf<T>) | ~(b[j] < kInf<T>);
-    infinite |= gone_a ^ gone_b;
-    max_a = vmax(a[j], max_a);
-    max_b = larger ? b[j] : max_b;
-    centre = larger ? a[j] - b[j] : centre;
-  }
-  undefined |= (max_a == -kInf<T>) | (max_b == -kInf<T>);
+struct ShortSurvey {
+  Vec<T> max_a, max_b, centre, spread;
+  Mask<T> undefined, infinite;
+};
 
-  Vec<T> sum_a{}, sum_b{}, drift{}, spread{};
-  Vec<T> t[kMaxTransposed], difference[kMaxTransposed];
+template <typename T>
+SK_INLINE ShortSurvey<T> survey_short(const Vec<T>* a, const Vec<T>* b, Vec<T>* d, int cols) {
+  Vec<T> max_a = set1(-kInf<T>), max_b = max_a, centre{}, low = set1(kInf<T>), high = max_a, odd{};
   for (int j = 0; j < cols; ++j) {
-    const Mask<T> absent = (a[j] == -kInf<T>) & (b[j] == -kInf<T>);
-    t[j] = absent ? Vec<T>{} : a[j] - b[j] - centre;  // d, as yet
-    spread = vmax(vabs<T>(t[j]), spread);
-    a[j] = exp_nonpositive<T>(a[j] - max_a);
-    b[j] = exp_nonpositive<T>(b[j] - max_b);
-    sum_a += a[j];
-    sum_b += b[j];
-    drift += b[j] * expm1_small<T>(t[j]);
+    d[j] = a[j] - b[j];
+    centre = b[j] > max_b ? d[j] : centre;
+    max_a = vmax(a[j], max_a);
+    max_b = vmax(b[j], max_b);
+    low = vmin(d[j], low);
+    high = vmax(d[j], high);
+    odd += d[j] * T(0);
   }
-  const Vec<T> s = spread <= kNear<T> ? log1p<T>(drift / sum_b)
-                                      : log_positive<T>(sum_a / sum_b) + (max_a - max_b - centre);
+  Mask<T> undefined{}, infinite{};
+  if (any<T>(odd != odd)) {  // a difference is not finite
+    for (int j = 0; j < cols; ++j) {
+      undefined |= ~(a[j] < kInf<T>) | ~(b[j] < kInf<T>);
+      infinite |= (a[j] == -kInf<T>) ^ (b[j] == -kInf<T>);
+    }
+    undefined |= (max_a == -kInf<T>) | (max_b == -kInf<T>);
+    low = set1(kInf<T>);
+    high = -low;
+    for (int j = 0; j < cols; ++j) {
+      const Mask<T> absent = (a[j] == -kInf<T>) & (b[j] == -kInf<T>);
+      d[j] = absent ? centre : d[j];
+      low = vmin(d[j], low);
+      high = vmax(d[j], high);
+    }
+  }
+  return {max_a, max_b, centre, vmax(high - centre, centre - low), undefined, infinite};
+}
+
+enum class Near { all, some, none };
+
+// Their losses. The gradients take the place of a and b.
+template <typename T, Near near>
+SK_INLINE Vec<T> finish_short(
+    Vec<T>* a, Vec<T>* b, Vec<T>* t, const ShortSurvey<T>& at, int cols, Vec<T> scale, bool detach) {
+  Vec<T> difference[kMaxTransposed];
+  Vec<T> sum_a{}, sum_b{}, drift{};
+  for (int j = 0; j < cols; ++j) {
+    t[j] -= at.centre;
+    b[j] = exp_nonpositive<T>(b[j] - at.max_b);
+    sum_b += b[j];
+    if constexpr (near != Near::all) {
+      a[j] = exp_nonpositive<T>(a[j] - at.max_a);
+      sum_a += a[j];
+    }
+    if constexpr (near != Near::none) {
+      difference[j] = expm1_small<T>(t[j]);
+      drift += b[j] * difference[j];
+    }
+  }
   const Vec<T> inv_a = T(1) / sum_a, inv_b = T(1) / sum_b;
+  Vec<T> s;
+  if constexpr (near == Near::all) s = log1p<T>(drift / sum_b);
+  else s = log_positive<T>(sum_a / sum_b) + (at.max_a - at.max_b - at.centre);
+  if constexpr (near == Near::some) s = at.spread <= kNear<T> ? log1p<T>(drift / sum_b) : s;
+  const Vec<T> offset = expm1_small<T>(-s), ratio = offset + T(1);  // where all are near
 
   Vec<T> loss{}, kl_pq{}, kl_qp{};
   for (int j = 0; j < cols; ++j) {
     t[j] -= s;
-    const Mask<T> close = vabs<T>(t[j]) <= kNear<T>;
-    const Vec<T> q = b[j] * inv_b, p = a[j] * inv_a;
-    difference[j] = close ? q * expm1_small<T>(t[j]) : p - q;
-    a[j] = close ? q + difference[j] : p;
-    b[j] = q;
+    b[j] *= inv_b;
+    if constexpr (near == Near::all) {
+      difference[j] = b[j] * (difference[j] * ratio + offset);  // q expm1(d - s)
+      a[j] = b[j] + difference[j];
+    } else {
+      const Mask<T> close = vabs<T>(t[j]) <= kNear<T>;
+      const Vec<T> p = a[j] * inv_a, small = b[j] * expm1_small<T>(t[j]);
+      difference[j] = close ? small : p - b[j];
+      a[j] = close ? b[j] + small : p;
+    }
     loss += difference[j] * t[j];
     kl_pq += a[j] * t[j];
-    kl_qp -= q * t[j];
+    kl_qp -= b[j] * t[j];
   }
-  loss = undefined ? set1(kNan<T>) : infinite ? set1(kInf<T>) : loss;
-  scale = undefined | infinite ? set1(kNan<T>) : scale;
-  const T own = detach ? T(0) : T(1);
-  for (int j = 0; j < cols; ++j) {
-    a[j] = (a[j] * (t[j] - kl_pq) * own + difference[j]) * scale;
-    b[j] = (b[j] * (t[j] + kl_qp) * own + difference[j]) * -scale;
+  loss = at.undefined ? set1(kNan<T>) : at.infinite ? set1(kInf<T>) : loss;
+  scale = at.undefined | at.infinite ? set1(kNan<T>) : scale;
+  if (detach) {
+    for (int j = 0; j < cols; ++j) {
+      a[j] = difference[j] * scale;
+      b[j] = -a[j];
+    }
+  } else {
+    for (int j = 0; j < cols; ++j) {
+      a[j] = (a[j] * (t[j] - kl_pq) + difference[j]) * scale;
+      b[j] = (b[j] * (t[j] + kl_qp) + difference[j]) * -scale;
+    }
   }
   return loss;
+}
+
+template <typename T>
+Vec<T> short_rows(Vec<T>* a, Vec<T>* b, int cols, Vec<T> scale, bool detach) {
+  Vec<T> t[kMaxTransposed];
+  const ShortSurvey<T> at = survey_short<T>(a, b, t, cols);
+  const Mask<T> close = at.spread <= kNear<T>;
+  if (!any<T>(~close)) return finish_short<T, Near::all>(a, b, t, at, cols, scale, detach);
+  if (any<T>(close)) return finish_short<T, Near::some>(a, b, t, at, cols, scale, detach);
+  return finish_short<T, Near::none>(a, b, t, at, cols, scale, detach);
 }
 
 // Some rows in memory, side by side, to vectors of one class each, and back.

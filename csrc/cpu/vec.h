@@ -153,12 +153,6 @@ SK_INLINE T reduce_add(Vec<T> v) {
   return sum;
 }
 template <typename T>
-SK_INLINE T reduce_max(Vec<T> v) {
-  T best = v[0];
-  for (int i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
-  return best;
-}
-template <typename T>
 SK_INLINE bool any(Mask<T> m) {
 #if SK_VECTOR_BYTES == 64
   return _mm512_test_epi32_mask((__m512i)m, (__m512i)m) != 0;
@@ -227,14 +221,23 @@ SK_INLINE Vec<T> expm1_small(Vec<T> x) {
 template <typename T>
 SK_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
   constexpr bool f = std::is_same_v<T, float>;
+  constexpr T log2_e = T(1.4426950408889634074), lowest = f ? T(-87.33654) : T(-708.3964185322641);
+  // ln 2 in two parts, the first with so few bits that a whole number times it is exact
+  constexpr T high = f ? T(0.693359375) : T(6.93147180369123816490e-1);
+  constexpr T low = f ? T(-2.12194440054690583e-4) : T(1.90821492927058770002e-10);
+#if SK_VECTOR_BYTES == 64
+  if constexpr (f) {
+    const Vec<T> n = (Vec<T>)_mm512_roundscale_ps((__m512)(x * log2_e), _MM_FROUND_TO_NEAREST_INT);
+    const Vec<T> r = (x - n * high) - n * low;
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(lowest), _CMP_NLT_UQ);
+    return (Vec<T>)_mm512_maskz_scalef_ps(normal, (__m512)(expm1_small<T>(r) + T(1)), (__m512)n);
+  }
+#endif
   constexpr T round = f ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^mantissa: adding it rounds to an integer
   constexpr int mantissa = f ? 23 : 52;
-  constexpr T lowest = f ? T(-87.33654) : T(-708.3964185322641);
-  const Vec<T> shifted = x * T(1.4426950408889634074) + round;
+  const Vec<T> shifted = x * log2_e + round;
   const Vec<T> n = shifted - round;
-  // x - n ln 2, ln 2 in two parts, the first with so few bits that n times it is exact
-  Vec<T> r = x - n * (f ? T(0.693359375) : T(6.93147180369123816490e-1));
-  r = r - n * (f ? T(-2.12194440054690583e-4) : T(1.90821492927058770002e-10));
+  const Vec<T> r = (x - n * high) - n * low;
   const Vec<T> y = expm1_small<T>(r) + T(1);
   const Mask<T> exponent = ((Mask<T>)shifted - (Mask<T>)set1(round)) << mantissa;
   return x < lowest ? Vec<T>{} : (Vec<T>)((Mask<T>)y + exponent);
