@@ -127,7 +127,12 @@ class Smart:
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     def __call__(
-        self, batch: Any, *, initial_perturbation: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        batch: Any,
+        *,
+        initial_perturbation: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        num_items: float | Tensor | None = None,
     ) -> SmartOutput:
         """The objective for a batch.
 
@@ -136,17 +141,24 @@ class Smart:
             initial_perturbation: the noise that the ascent starts from, of the embeddings' shape, floating point,
                 instead of one drawn.
             generator: what to draw from, on the embeddings' device, instead of `generator` of this object.
+            num_items: what the smoothness and the proximal term's sums are divided by, > 0, a number or a 0-dim
+                tensor: samples, or, where each token is classified, tokens that have a label. By default this
+                batch's own count, which makes means of them. With the count of all batches that are accumulated
+                into one gradient, their sum is the mean over all (with several processes, whose gradients are
+                averaged: the count of all processes over the number of processes). The task loss is the
+                model's: what it divides by is told to it in the batch, as "num_items_in_batch" is to Hugging Face's.
 
         Raises:
-            TypeError: `initial_perturbation` is no floating-point tensor.
-            ValueError: `initial_perturbation` or the mask does not fit the embeddings; or the model's output is not
-                what the divergence can be chosen by.
+            TypeError: `initial_perturbation` is no floating-point tensor, `num_items` no number or scalar tensor.
+            ValueError: `num_items` is not positive; `initial_perturbation` or the mask does not fit the embeddings; or
+                the model's output is not what the divergence can be chosen by.
             RuntimeError: the module to perturb was not called in the forward pass.
         """
         config, passes = self.config, self._passes
         with passes.step():
             clean = passes.clean(batch, differentiable=config.adversary in AT_CLEAN)
-            divergence = choose_divergence(config.divergence, clean.logits, batch, passes.model)
+            num_items = _check_num_items(num_items, clean.logits[0])
+            divergence = choose_divergence(config.divergence, clean.logits, batch, passes.model, num_items)
             loss, delta = clean.loss, None
             smoothness = proximal = loss.new_zeros(())
             if self.teacher is not None:
@@ -243,6 +255,21 @@ def _decay_switch(config: SmartConfig, num_training_steps: int | None) -> float:
             f"{config.decay_late} after {config.decay_switch:g} of the steps (for one decay, set decay_late to decay)"
         )
     return math.inf if config.decay_switch else 0
+
+
+def _check_num_items(num_items: float | Tensor | None, logits: Tensor) -> float | Tensor | None:
+    """A tensor comes back in the dtype of the terms, lest a count in int64 or fp64 widen them."""
+    if isinstance(num_items, Tensor):
+        if num_items.dim() or num_items.is_complex() or num_items.dtype == torch.bool:
+            got = f"{num_items.dtype} of shape {tuple(num_items.shape)}"
+            raise TypeError(f"num_items: got {got}, expected a real tensor of no dimensions")
+        return num_items.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
+    if num_items is not None:
+        if not isinstance(num_items, int | float) or isinstance(num_items, bool):
+            raise TypeError(f"num_items: got {type(num_items).__name__}, expected a number, a tensor or None")
+        if not 0 < num_items < math.inf:
+            raise ValueError(f"num_items: got {num_items}, expected a finite number > 0")
+    return num_items
 
 
 def _public(logits: Logits) -> Tensor | Logits:
