@@ -51,6 +51,7 @@ def find_perturbation(
     # The paper divides by the largest entry; a single step goes further along the signs, the steepest in that norm.
     ascent = "sign" if at_clean and config.norm == "linf" else "normalized"
 
+    @passes.inner_gradient()
     def gradient(loss: Tensor, logits: Logits, point: Tensor) -> Tensor:
         retain_graph = point is clean.point
         match config.adversary:

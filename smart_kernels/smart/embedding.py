@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smart_kernels.smart.parallel import bare
+
 
 def find_embedding(model: nn.Module, embedding: nn.Module | str | None = None) -> nn.Module:
     """The module whose output is perturbed.
 
     Args:
-        model: the model, compiled or not.
+        model: the model, compiled or not, wrapped or not.
         embedding: the module itself, its name in `model`, or None for the word embedding: what
             ``get_input_embeddings()`` gives (of the encoder, where there is an encoder and a decoder), or the
             only :class:`torch.nn.Embedding` of the model.
@@ -29,7 +31,7 @@ def find_embedding(model: nn.Module, embedding: nn.Module | str | None = None) -
         TypeError: `embedding` is of another type.
         ValueError: the model has no such module, or it is not clear which one is meant.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper puts this in front of every name
+    model = bare(model)
     if isinstance(embedding, str):
         try:
             return model.get_submodule(embedding)

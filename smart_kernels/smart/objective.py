@@ -15,6 +15,7 @@ from smart_kernels.smart.adversary import AT_CLEAN, detached, find_perturbation
 from smart_kernels.smart.config import Logits, SmartConfig
 from smart_kernels.smart.divergence import choose_divergence
 from smart_kernels.smart.embedding import find_embedding, warn_if_unresolved
+from smart_kernels.smart.parallel import bare, check_supported, rank
 from smart_kernels.smart.passes import Forward, Passes, run_model
 from smart_kernels.smart.teacher import Teacher
 
@@ -59,7 +60,7 @@ class Smart:
     Args:
         model: the model to train, on its device; frozen parameters stay as they are. It may be compiled; if it has
             been trained without SMART before, call :func:`torch.compiler.reset`, as it does not see hooks that come
-            later.
+            later. For several processes it comes wrapped by DistributedDataParallel, or with fully_shard applied.
         config: the hyper-parameters; the paper's by default.
         num_training_steps: optimiser steps of the whole training, for the switch of the teacher's decay.
         embedding: the module whose output is perturbed, or its name; by default the word embedding (see
@@ -72,13 +73,13 @@ class Smart:
     Attributes:
         config: the hyper-parameters.
         teacher: the momentum teacher, or the copy of the parameters with ``proximal="vanilla"``; None where mu is 0.
-        generator: what noise is drawn from, seeded from torch's; the default generators end each step where an
-            ordinary one would leave them.
+        generator: what noise is drawn from, seeded from torch's seed and the process's rank; the default generators
+            end each step where an ordinary one would leave them.
         skipped: how many samples kept their noise as perturbation because their gradient was not finite; int64
             scalar on the model's device.
 
     Raises:
-        TypeError: an argument is of the wrong type.
+        TypeError: an argument is of the wrong type, or the model wrapped by DataParallel or FullyShardedDataParallel.
         ValueError: the embedding is not found, or the decay's switch needs the number of training steps.
 
     Example:
@@ -110,6 +111,7 @@ class Smart:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}, expected torch.nn.Module")
+        check_supported(model)
         config = SmartConfig() if config is None else config
         if not isinstance(config, SmartConfig):
             raise TypeError(f"config: got {type(config).__name__}, expected SmartConfig")
@@ -122,8 +124,8 @@ class Smart:
         self._warned = config.adversary == "random"  # which knows no radius
         self.teacher = Teacher(model) if config.mu and config.proximal != "none" else None
         device = next((p.device for m in (module, model) if m is not None for p in m.parameters()), torch.device("cpu"))
-        # A constant added to the seed, lest the noise repeat what initialised the weights.
-        self.generator = torch.Generator(device).manual_seed((torch.initial_seed() + 0x9E3779B9) % 2**63)
+        # Something added to the seed, lest the noise repeat what initialised the weights, or another process's.
+        self.generator = torch.Generator(device).manual_seed((torch.initial_seed() + 0x9E3779B9 * (1 + rank())) % 2**63)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     def __call__(
@@ -158,11 +160,11 @@ class Smart:
         with passes.step():
             clean = passes.clean(batch, differentiable=config.adversary in AT_CLEAN)
             num_items = _check_num_items(num_items, clean.logits[0])
-            divergence = choose_divergence(config.divergence, clean.logits, batch, passes.model, num_items)
+            divergence = choose_divergence(config.divergence, clean.logits, batch, bare(passes.model), num_items)
             loss, delta = clean.loss, None
             smoothness = proximal = loss.new_zeros(())
             if self.teacher is not None:
-                proximal = divergence(clean.logits, passes.substituted(batch, self.teacher.parameters()))
+                proximal = divergence(clean.logits, passes.taught(batch, self.teacher))
                 loss = loss + config.mu * proximal
             if clean.embeds is not None:
                 generator = self.generator if generator is None else generator
