@@ -174,7 +174,7 @@ class Smart:
                     config, passes, batch, clean, divergence, noise, mask, generator, self.skipped
                 )
                 target = detached(clean.logits) if config.detach_clean else clean.logits
-                smoothness = divergence(passes.perturbed(batch, clean.embeds, delta), target)
+                smoothness = divergence(passes.perturbed(batch, clean, delta), target)
                 loss = loss + config.lambda_s * smoothness
         return SmartOutput(
             loss, clean.loss.detach(), smoothness.detach(), proximal.detach(), _public(clean.logits), delta

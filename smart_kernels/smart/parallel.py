@@ -99,29 +99,60 @@ def write_shards(modules: Sequence[FSDPModule], shards: list[Tensor], values: li
             stream.wait_stream(handle.current_stream())
 
 
-@contextmanager
-def nothing_reduced(modules: Sequence[FSDPModule]) -> Iterator[None]:
-    """A backward pass in this context sends no gradients: it gives the weights none.
+class Reduction:
+    """When the groups of shards send their gradients: with the pass through which the last of them flow.
 
-    Those that wait from micro-batches before would go otherwise.
+    A group does so whenever a backward pass has gone through its module, with whatever gradients wait by then, those of
+    micro-batches before among them. What several passes give a parameter is there when the last of them is done.
+
+    Args:
+        modules: those that fully_shard was applied to; where there are none, nothing is ever held.
     """
-    groups = _parameter_groups(modules)
-    flags = [group.reduce_grads for group in groups]
-    for group in groups:
-        group.reduce_grads = False
-    try:
-        yield
-    finally:
-        for group, flag in zip(groups, flags, strict=True):
+
+    def __init__(self, modules: Sequence[FSDPModule]) -> None:
+        self._modules = modules
+        self._held: list[tuple[Any, bool]] = []
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Backward passes in this context send nothing: they give the weights no gradient."""
+        self._hold()
+        try:
+            yield
+        finally:
+            self._release()
+
+    def after(self, early: Sequence[Tensor], late: Sequence[Tensor]) -> None:
+        """Let the backward pass send nothing from when it comes to `early` tensors until it comes to `late` ones."""
+        if not self._modules:
+            return
+
+        def hold(_gradient: Tensor) -> None:
+            if not self._held:
+                self._hold()
+                torch.autograd.Variable._execution_engine.queue_callback(self._release)
+
+        for tensors, hook in ((early, hold), (late, lambda _gradient: self._release())):
+            for x in tensors:
+                if x.requires_grad:
+                    x.register_hook(hook)
+
+    def _hold(self) -> None:
+        self._held = [(group, group.reduce_grads) for group in _parameter_groups(self._modules)]
+        for group, _ in self._held:
+            group.reduce_grads = False
+
+    def _release(self) -> None:
+        for group, flag in self._held:
             group.reduce_grads = flag
+        self._held = []
 
 
 def _parameter_groups(modules: Sequence[FSDPModule]) -> list[Any]:
     groups: list[Any] = []
-    for state in (module._get_fsdp_state() for module in modules):
-        # torch before 2.12 has a single one, or None
+    for state in {id(state): state for state in (module._get_fsdp_state() for module in modules)}.values():
         of_state = getattr(state, "_fsdp_param_groups", None)
-        groups += [state._fsdp_param_group] if of_state is None else of_state
+        groups += [state._fsdp_param_group] if of_state is None else of_state  # older torch: one, or None
     return [group for group in groups if group is not None]
 
 

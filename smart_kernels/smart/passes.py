@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from smart_kernels.smart.config import Logits
 from smart_kernels.smart.embedding import EmbeddingHook, perturb
-from smart_kernels.smart.parallel import learns_static_graph, nothing_reduced, sharded_modules, without_reducer
+from smart_kernels.smart.parallel import Reduction, learns_static_graph, sharded_modules, without_reducer
 from smart_kernels.smart.teacher import Teacher
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Any]]
@@ -96,6 +96,7 @@ class Passes:
         self._call = _Call(model, forward)
         self._call_again = _Call(without_reducer(model), forward)
         self._sharded = sharded_modules(model)
+        self._reduction = Reduction(self._sharded)
         self._dropout = dropout
         self._before: GeneratorStates = []
         self._after: GeneratorStates = []
@@ -135,19 +136,23 @@ class Passes:
             self._after = generator_states(self.model)
         return CleanPass(loss, logits, embeds, point)
 
-    def perturbed(self, batch: Any, embeds: Tensor, delta: Tensor) -> Logits:
+    def perturbed(self, batch: Any, clean: CleanPass, delta: Tensor) -> Logits:
         """The logits at embeddings + delta, in a graph for the weights.
 
         The embeddings are the clean pass's: a second look-up would have a gradient of the vocabulary's size.
         """
         assert self.hook is not None
-        with self._extra(), self.hook.replace(perturb(embeds, delta)):
-            return self._call_again(batch)[1]  # type: ignore[no-any-return]
+        assert clean.embeds is not None
+        with self._extra(), self.hook.replace(perturb(clean.embeds, delta)):
+            logits: Logits = self._call_again(batch)[1]
+        # Autograd goes back through the latest pass first.
+        self._reduction.after(logits, late=(clean.loss, *clean.logits))
+        return logits
 
     @contextmanager
     def inner_gradient(self) -> Iterator[None]:
         """Around a gradient by the embeddings alone, through whichever pass: nothing of it leaves the process."""
-        with nothing_reduced(self._sharded):
+        with self._reduction.held():
             yield
 
     @contextmanager
