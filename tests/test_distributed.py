@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from distributed_world import World
-from smart_models import WIDTH, Encoder, batch_for
+from smart_models import VOCABULARY, WIDTH, Encoder, Tagger, batch_for
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -19,6 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from smart_kernels import Smart, SmartConfig
+from smart_kernels.smart.parallel import local
+from smart_kernels.smart.teacher import Teacher
 
 
 class Classifier(Encoder):
@@ -199,3 +201,112 @@ def micro_batches_equal(rank: int, size: int, how: str, adversary: str) -> None:
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp nested"])
 def test_four_micro_batches_are_a_large_one(world: World, how: str, adversary: str) -> None:
     world.run(micro_batches_equal, how, adversary)
+
+
+def uneven_counts_equal(rank: int, size: int, how: str, adversary: str) -> None:
+    """Ranks have 1, 4, 7 of the tokens that count, and the last micro-batch of the first rank none."""
+    torch.manual_seed(0)
+    model = Tagger()
+    alone = copy.deepcopy(model)
+    model = wrap(model, how)
+    smart, smart_alone = (Smart(m, SmartConfig(**BALL, adversary=adversary), 10) for m in (model, alone))
+    samples = 2 * size
+    for _ in range(2):
+        labels = torch.full((samples, 6), -100)
+        for of_rank in range(size):
+            labels[2 * of_rank, :] = torch.where(torch.arange(6) <= 3 * of_rank, 1, -100)
+            labels[2 * of_rank + 1, : 3 * of_rank // 6] = 2
+        joined = {"input_ids": torch.randint(0, VOCABULARY, (samples, 6)), "labels": labels}
+        noise = 0.05 * torch.randn(samples, 6, WIDTH)
+        smart_alone(joined, initial_perturbation=noise).loss.backward()
+
+        own, own_noise = part(joined, noise, slice(2 * rank, 2 * rank + 2))
+        num_items = (own["labels"] != -100).sum()
+        dist.all_reduce(num_items)
+        num_items = num_items / size  # gradients are averaged over processes, losses are to be summed
+        for i in range(2):
+            with accumulating(model, i == 1):
+                batch, batch_noise = part(own, own_noise, slice(i, i + 1))
+                batch["num_items_in_batch"] = num_items
+                smart(batch, initial_perturbation=batch_noise, num_items=num_items).loss.backward()
+        check_step(model, smart, alone, smart_alone)
+
+
+@pytest.mark.parametrize("adversary", ADVERSARIES)
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_ranks_with_different_counts_give_the_global_mean(world: World, how: str, adversary: str) -> None:
+    world.run(uneven_counts_equal, how, adversary)
+
+
+# ----------------------------------------------------------------------------------------------- noise and teacher
+
+
+def draws(rank: int, size: int) -> list[list[float]]:
+    """The noise of a first step, twice."""
+    first = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = wrap(Classifier(), "ddp")
+        out = Smart(model, SmartConfig(adversary="random", mu=0.0))(batch_for(Encoder(), LOCAL))
+        assert out.perturbation is not None
+        first.append(out.perturbation.flatten().tolist())
+    return first
+
+
+def test_each_rank_draws_noise_of_its_own_and_the_same_again(world: World) -> None:
+    drawn = world.run(draws)
+    assert all(first == again for first, again in drawn)
+    assert len({tuple(first) for first, _ in drawn}) == world.size
+
+
+def evaluates_the_teacher(rank: int, size: int, how: str) -> None:
+    model, smart, *_ = start(how)
+    batch, noise = draw(0, LOCAL)
+    before = model(**batch)[1].detach()  # leaves the outermost parameters gathered
+    assert smart.teacher is not None
+    smart(batch, initial_perturbation=noise).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=LR).step()
+    student = model(**batch)[1].detach()
+    assert not torch.equal(student, before)
+    with smart.teacher.weights():
+        torch.testing.assert_close(model(**batch)[1], before, rtol=1e-6, atol=1e-7)
+    assert torch.equal(model(**batch)[1], student)
+    with pytest.raises(KeyboardInterrupt), smart.teacher.weights():
+        raise KeyboardInterrupt
+    assert torch.equal(model(**batch)[1], student)
+    # made after a pass, a teacher still has the shards
+    teacher = Teacher(model)
+    assert all(
+        torch.equal(whole(s), whole(p)) for s, p in zip(teacher.shadows.values(), model.parameters(), strict=True)
+    )
+    state = copy.deepcopy(smart.teacher.state_dict())
+    teacher.load_state_dict(state)
+    assert all(torch.equal(local(teacher.shadows[name]), local(s)) for name, s in state.items())
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp nested"])
+def test_evaluating_with_the_teachers_weights(world: World, how: str) -> None:
+    world.run(evaluates_the_teacher, how)
+
+
+def runs_in_autocast(rank: int, size: int, how: str) -> None:
+    """In one autocast context for all passes: its copies of the student's weights must not serve the teacher."""
+    model, smart, alone, smart_alone = start(how)
+    for step in range(2):
+        batch, noise = draw(step, LOCAL)
+        for m, s in ((model, smart), (alone, smart_alone)):
+            with torch.autocast("cpu", torch.bfloat16):
+                out = s(batch, initial_perturbation=noise)
+            assert (out.proximal > 0) == (step > 0)
+            out.loss.backward()
+            torch.optim.SGD(m.parameters(), lr=LR).step()
+            m.zero_grad()
+            s.update()
+    for p, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        # gradients up to 0.5, whose shares by pass are rounded to 8 bits before or after their sum, times LR
+        torch.testing.assert_close(whole(p.detach()), expected.detach(), rtol=0, atol=0.5 * 2**-8 * LR)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp nested"])
+def test_in_autocast(world: World, how: str) -> None:
+    world.run(runs_in_autocast, how)
