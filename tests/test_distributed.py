@@ -15,10 +15,10 @@ from smart_models import VOCABULARY, WIDTH, Encoder, Tagger, batch_for
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from smart_kernels import Smart, SmartConfig
+from smart_kernels import Smart, SmartConfig, ema_update_
 from smart_kernels.smart.parallel import local
 from smart_kernels.smart.teacher import Teacher
 
@@ -287,6 +287,28 @@ def evaluates_the_teacher(rank: int, size: int, how: str) -> None:
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp nested"])
 def test_evaluating_with_the_teachers_weights(world: World, how: str) -> None:
     world.run(evaluates_the_teacher, how)
+
+
+def ema_refuses_dtensors(rank: int, size: int) -> None:
+    (p, *_) = wrap(Classifier(), "fsdp").parameters()
+    for pair in (([p.detach().clone()], [p]), ([local(p).clone()], [p]), ([p.detach().clone()], [local(p)])):
+        with pytest.raises(TypeError, match=r"got a (DTensor|Parameter), expected its part in this process"):
+            ema_update_(*pair, 0.5)
+
+
+def test_the_moving_average_takes_parts_that_lie_here(world: World) -> None:
+    world.run(ema_refuses_dtensors)
+
+
+def wrapped_by_the_first_fsdp(rank: int, size: int) -> None:
+    with pytest.raises(TypeError, match=r"model: got a FullyShardedDataParallel, expected .* fully_shard"):
+        Smart(FullyShardedDataParallel(Classifier(), device_id=torch.device("cpu")), SmartConfig(), 10)
+
+
+def test_wrappers_that_copy_or_flatten_are_refused(world: World) -> None:
+    with pytest.raises(TypeError, match=r"model: got a DataParallel, expected .* DistributedDataParallel"):
+        Smart(nn.DataParallel(Encoder()), SmartConfig(), 10)
+    world.run(wrapped_by_the_first_fsdp)
 
 
 def runs_in_autocast(rank: int, size: int, how: str) -> None:

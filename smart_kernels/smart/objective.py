@@ -183,6 +183,9 @@ class Smart:
     def update(self, decay: float | Tensor | None = None) -> None:
         """Count an optimiser step and, at the end of an outer step, renew the teacher: call once after each.
 
+        Also after one that a :class:`torch.amp.GradScaler` has skipped: the parameters are as they were, so that what
+        was not finite does not come into the teacher.
+
         Args:
             decay: beta of this update instead of the schedule's, a float in [0, 1] or a scalar tensor on the
                 device, which a replayed CUDA graph reads anew. Without effect for ``proximal="vanilla"``.
@@ -223,7 +226,8 @@ class Smart:
     def _noise(self, embeds: Tensor, mask: Tensor | None, generator: torch.Generator, initial: Tensor | None) -> Tensor:
         if not self._warned:
             self._warned = True
-            warn_if_unresolved(embeds, self.config.epsilon)
+            assert self._passes.hook is not None
+            warn_if_unresolved(embeds, self.config.epsilon, self.config.adversary, self._passes.hook.compute_dtype)
         if initial is None:
             return init_perturbation(embeds.detach(), self.config.noise_std, mask, generator)
         if not isinstance(initial, Tensor) or not initial.is_floating_point():
