@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
+import json
+import math
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -332,3 +338,71 @@ def runs_in_autocast(rank: int, size: int, how: str) -> None:
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp nested"])
 def test_in_autocast(world: World, how: str) -> None:
     world.run(runs_in_autocast, how)
+
+
+# ------------------------------------------------------------------------------------------------- what users run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def readme_block() -> str:
+    text = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"^```python torchrun\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return str(block)
+
+
+def runs_the_readme(rank: int, size: int, block: str) -> list[float]:
+    names = {"build_model": Classifier, "device": "cpu", "Smart": Smart, "SmartConfig": SmartConfig, "torch": torch}
+    names["loader"] = [batch_for(Encoder(), 2 + rank, seed=10 * rank + i) for i in range(2)]
+    torch.manual_seed(rank)
+    exec(compile(block, "README.md", "exec"), names)
+    return torch.cat([p.detach().flatten() for p in names["model"].parameters()]).tolist()
+
+
+def test_the_readmes_lines_train_the_same_model_everywhere(world: World) -> None:
+    block = readme_block()
+    assert len(block.splitlines()) <= 10
+    trained = world.run(runs_the_readme, block)
+    assert all(other == trained[0] for other in trained[1:])
+    assert all(math.isfinite(x) for x in trained[0])
+
+
+def runs_the_example(rank: int, size: int, folder: Path) -> None:
+    """A tiny model, 11 made-up texts whose first word tells the class, five to a batch, so that parts are uneven."""
+    import tokenizers
+    import transformers
+
+    sys.path.append(str(ROOT / "examples"))
+    finetune = importlib.import_module("finetune")
+    words = ["[UNK]", "[PAD]", *"abcdefg"]
+    if rank == 0:
+        config = transformers.BertConfig(
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=len(words)
+        )
+        transformers.BertModel(config).save_pretrained(folder)
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]"))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+        ).save_pretrained(folder)
+    dist.barrier()
+    texts = [f"{'ab'[i % 2]} {'cdefg'[i % 5]}" + " c" * (i % 3) for i in range(11)]
+    split = finetune.real_data.Split(texts, None, [i % 2 for i in range(11)])
+    data = finetune.real_data.Dataset(split, None, split, ("a", "b"))
+    finetune.TASKS["toy"] = (lambda: data, "accuracy")
+    arguments = ["--task", "toy", "--model", str(folder), "--seeds", "1", "--epochs", "2", "--batch-size", "5"]
+    finetune.main([*arguments, "--out", str(folder / "out")])
+
+
+def test_the_example_on_two_processes(world: World, tmp_path: Path) -> None:
+    if world.size != 2:
+        pytest.skip("one number of processes will do")
+    world.run(runs_the_example, tmp_path)
+    runs = json.loads((tmp_path / "out" / "finetune.json").read_text())["runs"]
+    assert [run["method"] for run in runs] == ["vanilla", "smart"]
+    for run in runs:
+        assert len(run["task_loss"]) == 4  # of the third batch in each epoch, one example is too few for two processes
+        assert all(0.3 < loss < 1.5 for loss in run["task_loss"])
+        assert run["score"] * 11 / 100 == pytest.approx(
+            round(run["score"] * 11 / 100)
+        )  # all eleven test examples have been counted
