@@ -285,9 +285,10 @@ def evaluates_the_teacher(rank: int, size: int, how: str) -> None:
     assert all(
         torch.equal(whole(s), whole(p)) for s, p in zip(teacher.shadows.values(), model.parameters(), strict=True)
     )
-    state = copy.deepcopy(smart.teacher.state_dict())
-    teacher.load_state_dict(state)
-    assert all(torch.equal(local(teacher.shadows[name]), local(s)) for name, s in state.items())
+    sharded = copy.deepcopy(smart.teacher.state_dict())
+    for state in (sharded, {name: whole(s) + 1 for name, s in sharded.items()}):
+        teacher.load_state_dict(state)
+        assert all(torch.equal(whole(teacher.shadows[name]), whole(s)) for name, s in state.items())
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp nested"])
@@ -394,9 +395,8 @@ def runs_the_example(rank: int, size: int, folder: Path) -> None:
     finetune.main([*arguments, "--out", str(folder / "out")])
 
 
+@pytest.mark.parametrize("world", [2], indirect=True)
 def test_the_example_on_two_processes(world: World, tmp_path: Path) -> None:
-    if world.size != 2:
-        pytest.skip("one number of processes will do")
     world.run(runs_the_example, tmp_path)
     runs = json.loads((tmp_path / "out" / "finetune.json").read_text())["runs"]
     assert [run["method"] for run in runs] == ["vanilla", "smart"]

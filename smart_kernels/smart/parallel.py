@@ -84,6 +84,17 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
 
 
+def sharded_like(tensor: Tensor, whole: Tensor) -> Tensor:
+    """A whole tensor, which every process has, as a DTensor of the same layout as `tensor` where that is one."""
+    if not hasattr(tensor, "to_local") or hasattr(whole, "to_local"):
+        return whole
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(tensor, DTensor)
+    mesh = tensor.device_mesh
+    return distribute_tensor(whole.to(mesh.device_type), mesh, tensor.placements, src_data_rank=None)
+
+
 @torch.no_grad()
 def write_shards(modules: Sequence[FSDPModule], shards: list[Tensor], values: list[Tensor]) -> None:
     """Put values into the memory of shards, for the passes to come, forward and backward."""

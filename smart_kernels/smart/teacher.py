@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smart_kernels.ops.ema import ema_update_
-from smart_kernels.smart.parallel import bare, local, reshard, sharded_modules, write_shards
+from smart_kernels.smart.parallel import bare, local, reshard, sharded_like, sharded_modules, write_shards
 
 
 class Teacher:
@@ -106,7 +106,7 @@ class Teacher:
         return dict(self.shadows)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Set the shadows to those of a :meth:`state_dict`.
+        """Set the shadows to those of a :meth:`state_dict`; a sharded one takes its part of a whole tensor, too.
 
         Raises:
             ValueError: a name, shape or dtype differs; nothing was changed then.
@@ -121,4 +121,4 @@ class Teacher:
         if differing:
             raise ValueError("state: does not fit the teacher's shadows: " + "; ".join(sorted(differing)))
         for name, shadow in self.shadows.items():
-            shadow.copy_(state[name])
+            shadow.copy_(sharded_like(shadow, state[name]))
