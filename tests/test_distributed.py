@@ -23,9 +23,10 @@ from torch import distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from smart_kernels import Smart, SmartConfig, ema_update_
-from smart_kernels.smart.parallel import local
+from smart_kernels.smart.parallel import Reduction, _parameter_groups, local, sharded_modules
 from smart_kernels.smart.teacher import Teacher
 
 
@@ -35,6 +36,13 @@ class Classifier(Encoder):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, Tensor]:  # type: ignore[override]
         output = super().forward(*args, **kwargs)
         return output.loss, output.logits
+
+
+class Checkpointed(Classifier):
+    """Runs everything behind the words again in the backward pass."""
+
+    def from_embeddings(self, *args: Any) -> Any:
+        return checkpoint(super().from_embeddings, *args, use_reentrant=False)
 
 
 ADVERSARIES = ("power", "predicted")
@@ -55,10 +63,10 @@ def wrap(model: Encoder, how: str) -> nn.Module:
     if how.startswith("ddp"):
         options = {"ddp static": {"static_graph": True}, "ddp unused": {"find_unused_parameters": True}}
         return DistributedDataParallel(model, **options.get(how, {}))
-    if how == "fsdp nested":
+    if how.startswith("fsdp nested"):
         for part in (model.words, model.norm, model.query_key_value):
             fully_shard(part)
-    return fully_shard(model, reshard_after_forward=None if how == "fsdp nested" else True)
+    return fully_shard(model, reshard_after_forward=True if how == "fsdp" else None)
 
 
 def whole(x: Tensor | None) -> Tensor | None:
@@ -81,7 +89,7 @@ def part(batch: dict[str, Tensor], noise: Tensor, chosen: slice) -> tuple[dict[s
 def start(how: str, **options: Any) -> tuple[nn.Module, Smart, Encoder, Smart]:
     """The same model for several processes and for one."""
     torch.manual_seed(0)
-    model = Classifier(2)
+    model = (Checkpointed if how.endswith("checkpointed") else Classifier)(2)
     alone = copy.deepcopy(model)
     config = SmartConfig(**BALL, **options)
     wrapped = wrap(model, how)
@@ -108,6 +116,8 @@ def check_step(model: nn.Module, smart: Smart, alone: Encoder, smart_alone: Smar
 
 def steps_equal(rank: int, size: int, how: str, adversary: str) -> None:
     model, smart, alone, smart_alone = start(how, adversary=adversary)
+    calls: list[None] = []
+    model.register_forward_pre_hook(lambda *_: calls.append(None))
     for step in range(STEPS):
         joined = draw(step, LOCAL * size)
         batch, noise = part(*joined, slice(rank * LOCAL, (rank + 1) * LOCAL))
@@ -119,10 +129,14 @@ def steps_equal(rank: int, size: int, how: str, adversary: str) -> None:
         assert out.smoothness > 0
         assert (out.proximal > 0) == (step > 0)
         check_step(model, smart, alone, smart_alone)
+    if how.startswith("ddp"):
+        assert len(calls) == STEPS  # so that buffers are broadcast once
 
 
 @pytest.mark.parametrize("adversary", ADVERSARIES)
-@pytest.mark.parametrize("how", ["ddp", "ddp static", "ddp unused", "fsdp", "fsdp nested"])
+@pytest.mark.parametrize(
+    "how", ["ddp", "ddp static", "ddp unused", "ddp checkpointed", "fsdp", "fsdp nested", "fsdp nested checkpointed"]
+)
 def test_three_steps_are_those_of_one_process(world: World, how: str, adversary: str) -> None:
     world.run(steps_equal, how, adversary)
 
@@ -188,6 +202,41 @@ def test_gradients_are_sent_once_a_step(world: World, how: str, micro_batches: i
     for adversary in ADVERSARIES:
         for sent in world.run(bytes_sent, how, {"adversary": adversary}, micro_batches):
             assert sent == vanilla, (sent, vanilla)
+
+
+def holds_gradients_back_as_long_as_it_must(rank: int, size: int) -> None:
+    modules = sharded_modules(wrap(Classifier(), "fsdp nested"))
+    groups = _parameter_groups(modules)
+    assert len(groups) == 4
+    reduction = Reduction(modules)
+    start = torch.ones(2, requires_grad=True)
+    seen: list[set[bool]] = []
+
+    def look(gradient: Tensor) -> None:
+        seen.append({group.reduce_grads for group in groups})
+        if gradient.isnan().any():
+            raise KeyboardInterrupt
+
+    def backward(factor: float) -> list[set[bool]]:
+        first, last = 2 * start, 3 * start  # autograd comes to the last of them first
+        reduction.after([last], [first])
+        for x in (first, last):
+            x.register_hook(look)
+        seen.clear()
+        (factor * (first + last).sum()).backward()
+        look(start.detach())
+        return seen
+
+    assert backward(1.0) == [{False}, {True}, {True}]
+    with pytest.raises(KeyboardInterrupt):
+        backward(math.nan)
+    assert backward(1.0) == [{False}, {True}, {True}]  # also after a backward pass that failed
+    modules[0].set_requires_gradient_sync(False)
+    assert backward(1.0) == [{False}, {False}, {False}]
+
+
+def test_gradients_are_held_back_as_long_as_they_must(world: World) -> None:
+    world.run(holds_gradients_back_as_long_as_it_must)
 
 
 def micro_batches_equal(rank: int, size: int, how: str, adversary: str) -> None:

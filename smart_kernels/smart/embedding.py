@@ -129,7 +129,8 @@ class EmbeddingHook:
             got = f"the {type(self._module).__name__} returns {type(output).__name__}"
             raise TypeError(f"embedding: {got}, expected a floating-point tensor")
         self._output, kind = output, output.device.type
-        self.compute_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else output.dtype
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        self.compute_dtype = torch.get_autocast_dtype(kind) if autocast else output.dtype
         if self._differentiable:
             self._point = output if output.requires_grad else output.detach().requires_grad_()
         # The model gets a copy, as it may change what it gets in place.

@@ -137,6 +137,7 @@ class Reduction:
         """Let the backward pass send nothing from when it comes to `early` tensors until it comes to `late` ones."""
         if not self._modules:
             return
+        self._release()  # should a backward pass have failed half-way
 
         def hold(_gradient: Tensor) -> None:
             if not self._held:
@@ -149,6 +150,7 @@ class Reduction:
                     x.register_hook(hook)
 
     def _hold(self) -> None:
+        self._release()
         self._held = [(group, group.reduce_grads) for group in _parameter_groups(self._modules)]
         for group, _ in self._held:
             group.reduce_grads = False
