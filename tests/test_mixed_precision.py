@@ -206,7 +206,7 @@ def test_warns_once_where_the_sum_does_not_hold_the_perturbation() -> None:
     """Whatever the adversary: x + delta is x there."""
     for adversary in ("power", "predicted"):
         (message,) = warnings_of(Encoder().bfloat16(), adversary=adversary)
-        assert "Keep the embeddings in torch.float32" in message
+        assert "Keep the embeddings in float32" in message
     assert not warnings_of(Encoder().bfloat16(), adversary="random")
     assert not warnings_of(Encoder().bfloat16(), epsilon=0.1)
 

@@ -55,7 +55,7 @@ def find_perturbation(
     # The paper divides by the largest entry; a single step goes further along the signs, the steepest in that norm.
     ascent = "sign" if at_clean and config.norm == "linf" else "normalized"
 
-    @passes.inner_gradient()
+    @passes.reduction.held()
     def gradient(loss: Tensor, logits: Logits, point: Tensor) -> Tensor:
         retain_graph = point is clean.point
         match config.adversary:

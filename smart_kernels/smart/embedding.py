@@ -153,7 +153,7 @@ def warn_if_unresolved(embeds: Tensor, epsilon: float, adversary: str, compute_d
     size = embeds.detach().abs().float().mean().item()
     if not (epsilon and size and math.isfinite(size)):
         return
-    lost = f"most of the perturbation is lost. Keep the embeddings in {torch.float32}, or raise epsilon."
+    lost = "most of the perturbation is lost. Keep the embeddings in float32, or raise epsilon."
     noise = (
         "the difference that adversary='power' follows is rounding noise. Use adversary='predicted', or raise epsilon."
     )

@@ -73,10 +73,11 @@ class Smart:
     Attributes:
         config: the hyper-parameters.
         teacher: the momentum teacher, or the copy of the parameters with ``proximal="vanilla"``; None where mu is 0.
-        generator: what noise is drawn from, seeded from torch's seed and the process's rank; the default generators
-            end each step where an ordinary one would leave them.
-        skipped: how many samples kept their noise as perturbation because their gradient was not finite; int64
-            scalar on the model's device.
+        generator: what noise is drawn from, seeded from torch's seed and the process's rank (processes that work on
+            the same samples, as with tensor parallelism, are to be given the same seed); the default generators end
+            each step where an ordinary one would leave them.
+        skipped: how many samples of this process kept their noise as perturbation because their gradient was not
+            finite; int64 scalar on the model's device.
 
     Raises:
         TypeError: an argument is of the wrong type, or the model wrapped by DataParallel or FullyShardedDataParallel.

@@ -96,7 +96,7 @@ class Passes:
         self._call = _Call(model, forward)
         self._call_again = _Call(without_reducer(model), forward)
         self._sharded = sharded_modules(model)
-        self._reduction = Reduction(self._sharded)
+        self.reduction = Reduction(self._sharded)
         self._dropout = dropout
         self._before: GeneratorStates = []
         self._after: GeneratorStates = []
@@ -146,14 +146,8 @@ class Passes:
         with self._extra(), self.hook.replace(perturb(clean.embeds, delta)):
             logits: Logits = self._call_again(batch)[1]
         # Autograd goes back through the latest pass first.
-        self._reduction.after(logits, late=(clean.loss, *clean.logits))
+        self.reduction.after(logits, late=(clean.loss, *clean.logits))
         return logits
-
-    @contextmanager
-    def inner_gradient(self) -> Iterator[None]:
-        """Around a gradient by the embeddings alone, through whichever pass: nothing of it leaves the process."""
-        with self._reduction.held():
-            yield
 
     @contextmanager
     def probe(self, batch: Any, embeds: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Logits]]:
