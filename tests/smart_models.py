@@ -72,8 +72,10 @@ class Tagger(nn.Module):
         self.mix = nn.Linear(WIDTH, WIDTH)
         self.head = nn.Linear(WIDTH, classes)
 
-    def forward(self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Output:
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         logits = self.head(torch.tanh(self.mix(self.words(input_ids))))
         reduction = "mean" if num_items_in_batch is None else "sum"
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction=reduction)
-        return Output(loss if num_items_in_batch is None else loss / num_items_in_batch, logits)
+        return loss if num_items_in_batch is None else loss / num_items_in_batch, logits
