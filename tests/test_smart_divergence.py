@@ -34,6 +34,9 @@ def check(
     a, b = (x if isinstance(x, tuple) else (x,) for x in (a, b))
     divergence = choose_divergence(kind, a, batch, model)
     torch.testing.assert_close(divergence(a, b), expected, rtol=1e-9, atol=1e-15)
+    for num_items in (7, torch.tensor(7.0)):  # its sum, over seven
+        other = choose_divergence(kind, a, batch, model, num_items)
+        torch.testing.assert_close(other(a, b), expected * divergence.count(a) / 7, rtol=1e-9, atol=1e-15)
     # the cotangent is the gradient up to one positive factor
     leaves = [x.clone().requires_grad_() for x in a]
     exact = torch.cat([g.flatten() for g in torch.autograd.grad(divergence(tuple(leaves), b), leaves)])
@@ -68,7 +71,9 @@ def test_tokens_whose_next_one_has_a_label() -> None:
     labels = torch.tensor([[0, 1, -100, 2], [-100, 1, -100, -100]])
     counted = rows(a, b)[:, :-1][labels[:, 1:] != -100]
     assert len(counted) == 3
-    check(a, b, {"labels": labels}, counted.mean(), transformers.GPT2LMHeadModel(GPT2))
+    model = transformers.GPT2LMHeadModel(GPT2)
+    assert choose_divergence("auto", (a,), {"labels": labels}, model).count((a,)) == 3
+    check(a, b, {"labels": labels}, counted.mean(), model)
 
 
 def test_tokens_without_labels_are_those_that_are_no_padding() -> None:
@@ -84,6 +89,7 @@ def test_spans() -> None:
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     parts = [(rows(x[:1], y[:1]) + rows(x[1:, :2], y[1:, :2])).sum() / 2 for x, y in zip(a, b, strict=True)]
     check(a, b, {"attention_mask": mask}, (parts[0] + parts[1]) / 2)
+    assert SymmetricKL(absent=mask == 0).count(a) == 2
     for cotangent in SymmetricKL(absent=mask == 0).predicted(a):
         assert (cotangent[mask == 0] == 0).all()
 
@@ -98,6 +104,8 @@ def test_a_callable_gets_logits_and_batch() -> None:
     divergence = choose_divergence(weighted, a, batch, PLAIN)
     assert isinstance(divergence, Custom)
     torch.testing.assert_close(divergence(a, b), weighted(a[0], b[0], batch))
+    of_five = choose_divergence(weighted, a, batch, PLAIN, 5)
+    torch.testing.assert_close(of_five(a, b), weighted(a[0], b[0], batch) * 2 / 5)
     (cotangent,) = divergence.cotangent(a, b)
     torch.testing.assert_close(cotangent, 2 * (a[0] - b[0]) * batch["weights"][:, None])
     torch.testing.assert_close(divergence.predicted(a), SymmetricKL().predicted(a))
@@ -107,6 +115,14 @@ def test_a_callable_gets_logits_and_batch() -> None:
         choose_divergence(lambda input, target, batch: input[:, 0], a, batch, PLAIN)(a, b)
     with pytest.raises(ValueError, match="divergence: the callable returned float"):
         choose_divergence(lambda input, target, batch: 1.0, a, batch, PLAIN)(a, b)
+
+
+def test_a_batch_in_which_nothing_counts_adds_nothing_to_the_others() -> None:
+    """Its own mean is that of no number; its share of a sum over several batches is 0."""
+    a, b = (logits(2, 4, 3),), (logits(2, 4, 3),)
+    batch = {"labels": torch.full((2, 4), -100)}
+    assert choose_divergence("auto", a, batch, PLAIN)(a, b).isnan()
+    assert choose_divergence("auto", a, batch, PLAIN, 5)(a, b) == 0
 
 
 def test_does_not_guess() -> None:

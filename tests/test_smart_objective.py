@@ -224,6 +224,44 @@ def test_four_micro_batches_equal_a_large_one(adversary: str) -> None:
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("adversary", ["power", "predicted"])
+def test_uneven_micro_batches_equal_a_large_one_by_their_count(adversary: str) -> None:
+    """Tokens of one, two and no label a sample; the model's own loss is told their number in the batch."""
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20))
+    model = model.double().eval()
+    twin = copy.deepcopy(model)
+    labels = torch.tensor([[-100, 4, -100, -100], [-100, 8, 2, -100], [-100] * 4, [3, -100, 1, 7]])
+    batch = {"input_ids": torch.randint(0, 20, (4, 4)), "labels": labels}
+    counted = int((labels[:, 1:] != -100).sum())
+    noise = 0.05 * torch.randn(4, 4, 16, dtype=torch.float64)
+    whole, parts = (Smart(m, SmartConfig(**BALL, adversary=adversary), 10) for m in (model, twin))
+    for m in (model, twin):
+        with torch.no_grad():
+            m.transformer.wte.weight.mul_(1.1)  # away from the teacher
+    expected = whole(batch, initial_perturbation=noise)
+    expected.loss.backward()
+    proximal = torch.zeros((), dtype=torch.float64)
+    for i, num_items in enumerate([counted, torch.tensor(counted), torch.tensor(float(counted)), counted]):
+        micro = {key: value[i : i + 1] for key, value in batch.items()} | {"num_items_in_batch": counted}
+        out = parts(micro, initial_perturbation=noise[i : i + 1], num_items=num_items)
+        out.loss.backward()
+        proximal += out.proximal
+    torch.testing.assert_close(proximal, expected.proximal, rtol=1e-9, atol=0)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_a_count_that_is_none_is_an_error() -> None:
+    smart = Smart(bert(), SmartConfig(mu=0))
+    for wrong in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="num_items: got"):
+            smart(BATCH, num_items=wrong)
+    for wrong in ("4", True, torch.tensor([4]), torch.tensor(True)):
+        with pytest.raises(TypeError, match="num_items: got"):
+            smart(BATCH, num_items=wrong)  # type: ignore[arg-type]
+    assert smart(BATCH, num_items=torch.tensor(2.0, dtype=torch.float64)).loss.dtype == torch.float32
+
+
 class CheckpointedEncoder(Encoder):
     """Runs everything behind the words again in the backward pass."""
 

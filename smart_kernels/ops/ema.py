@@ -119,6 +119,8 @@ def _check(ema_tensors: list[Tensor], parameters: list[Tensor]) -> None:
     for name, x in named:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor")
+        if hasattr(x, "to_local"):
+            raise TypeError(f"{name}: got a {type(x).__name__}, expected its part in this process, x.to_local()")
     if len(ema_tensors) != len(parameters):
         raise ValueError(f"parameters: got {len(parameters)} tensors, expected {len(ema_tensors)}, one for each shadow")
     for name, x in named:

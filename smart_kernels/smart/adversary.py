@@ -15,6 +15,10 @@ from smart_kernels.smart.passes import CleanPass, Passes
 AT_CLEAN = ("predicted", "fisher", "task")
 """The adversaries whose gradient is taken at the clean embeddings."""
 
+_SCALE = 2.0**8
+"""Of what is pulled back to the embeddings: in fp16, room for gradients that shrink on the way (a mean over 512
+tokens), and as much for some that grow (a layer norm of embeddings of size 0.02)."""
+
 
 def find_perturbation(
     config: SmartConfig,
@@ -51,6 +55,7 @@ def find_perturbation(
     # The paper divides by the largest entry; a single step goes further along the signs, the steepest in that norm.
     ascent = "sign" if at_clean and config.norm == "linf" else "normalized"
 
+    @passes.reduction.held()
     def gradient(loss: Tensor, logits: Logits, point: Tensor) -> Tensor:
         retain_graph = point is clean.point
         match config.adversary:
@@ -60,8 +65,8 @@ def find_perturbation(
                 cotangents = divergence.predicted(detached(logits))
             case "fisher":
                 cotangents = divergence.fisher(detached(logits), generator)
-            case _:  # the factor undoes the mean over samples, lest fp16 lose it
-                factor = torch.full_like(loss, point.size(0))
+            case _:  # the factor undoes the mean over samples
+                factor = torch.full_like(loss, _SCALE * point.size(0))
                 return torch.autograd.grad(loss, point, factor, retain_graph=retain_graph)[0]
         cotangents = tuple(c.to(x.dtype) for c, x in zip(_scaled(cotangents, point.size(0)), logits, strict=True))
         return torch.autograd.grad(logits, point, cotangents, retain_graph=retain_graph)[0]
@@ -80,14 +85,14 @@ def find_perturbation(
 
 
 def _scaled(cotangents: Logits, samples: int) -> Logits:
-    """Cotangents whose largest entry is 1 in each sample: a loss scale without a scaler, as a step is free of scale.
+    """Cotangents whose largest entry is the same in each sample: a loss scale, of which a step is free.
 
     The gradients of a divergence of 1e-10 would underflow in the backward pass of an fp16 model.
     """
     apart = all(c.size(0) == samples for c in cotangents)  # else rows and samples are not the same: one scale for all
     flat = [c.detach().nan_to_num(0.0, 0.0, 0.0).abs().reshape(samples if apart else 1, -1).amax(1) for c in cotangents]
     size = torch.stack(flat).amax(0)
-    size = torch.where(size > 0, size, 1)
+    size = torch.where(size > 0, size, 1) / _SCALE
     return tuple(c / size.view(-1, *[1] * (c.dim() - 1)) for c in cotangents)
 
 

@@ -63,7 +63,7 @@ class SmartConfig:
         divergence: l_s. "auto" chooses by the model's output: symmetric KL for classes, tokens and spans, squared
             error for a single number (section 3.1); "symmetric_kl" or "squared_error" forces one; a callable
             ``(input, target, batch) -> Tensor`` gets two tensors of logits (a pair each for spans) and the batch, and
-            returns a scalar that is differentiable in both.
+            returns a scalar, a mean over samples or tokens, that is differentiable in both.
         dropout: "shared", all passes of a step draw the same masks (two draws differ by 2e4 times what the
             adversary does at the paper's radius); "independent", each draws its own; "off", the step runs in
             evaluation mode, batch normalisation apart. "shared" and "independent" read and set the state of

@@ -21,11 +21,22 @@ IGNORED = -100
 
 
 class Divergence(ABC):
-    """l_s of two outputs for one batch, a mean over what is counted."""
+    """l_s of two outputs for one batch, a mean over what is counted: samples, or tokens.
+
+    Args:
+        num_items: what the sum over what is counted is divided by; None for its number.
+    """
+
+    def __init__(self, num_items: float | Tensor | None = None) -> None:
+        self._num_items = num_items
 
     @abstractmethod
     def __call__(self, input: Logits, target: Logits) -> Tensor:
         """The divergence, a scalar, differentiable in both."""
+
+    @abstractmethod
+    def count(self, logits: Logits) -> int | Tensor:
+        """How much is counted in a batch with these logits."""
 
     @abstractmethod
     def cotangent(self, input: Logits, target: Logits) -> Logits:
@@ -46,16 +57,26 @@ class SymmetricKL(Divergence):
     Args:
         weight: what is counted, 0 or 1 for each row of the logits, or None for all.
         absent: positions that are no candidates of a span, True for those, or None.
+        num_items: as in :class:`Divergence`.
     """
 
-    def __init__(self, weight: Tensor | None = None, absent: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: Tensor | None = None, absent: Tensor | None = None, num_items: float | Tensor | None = None
+    ) -> None:
+        super().__init__(num_items)
         self._weight = weight
         self._absent = absent
 
     def __call__(self, input: Logits, target: Logits) -> Tensor:
         """The mean over what is counted, and over start and end."""
-        parts = [symmetric_kl(a, b, self._weight, "mean") for a, b in self._pairs(input, target)]
-        return torch.stack(parts).mean()
+        reduction = "mean" if self._num_items is None else "sum"
+        parts = [symmetric_kl(a, b, self._weight, reduction) for a, b in self._pairs(input, target)]
+        loss = torch.stack(parts).mean()
+        return loss if self._num_items is None else loss / self._num_items
+
+    def count(self, logits: Logits) -> int | Tensor:
+        """Rows, as far as they are counted."""
+        return logits[0].shape[:-1].numel() if self._weight is None else self._weight.sum()
 
     def cotangent(self, input: Logits, target: Logits) -> Logits:
         """The gradient with respect to `input`, by the kernel that writes that one alone."""
@@ -97,7 +118,12 @@ class SquaredError(Divergence):
 
     def __call__(self, input: Logits, target: Logits) -> Tensor:
         """The mean of (p - q)^2."""
-        return torch.stack([x.square().mean() for x in self.cotangent(input, target)]).mean()
+        loss = torch.stack([x.square().mean() for x in self.cotangent(input, target)]).mean()
+        return loss if self._num_items is None else loss * self.count(input) / self._num_items
+
+    def count(self, logits: Logits) -> int | Tensor:
+        """Samples."""
+        return logits[0].size(0)
 
     def cotangent(self, input: Logits, target: Logits) -> Logits:
         """P - q, half the gradient."""
@@ -116,12 +142,20 @@ class Custom(Divergence):
     """A callable of the user's.
 
     Args:
-        function: (input, target, batch) -> a scalar.
+        function: (input, target, batch) -> a scalar, a mean over what `like` counts.
         batch: the batch, as the model gets it.
-        like: gives the divergence whose "predicted" and "fisher" cotangents fit the logits.
+        like: gives the divergence whose count and whose "predicted" and "fisher" cotangents fit the logits.
+        num_items: as in :class:`Divergence`.
     """
 
-    def __init__(self, function: Callable[..., Tensor], batch: Any, like: Callable[[], Divergence]) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        batch: Any,
+        like: Callable[[], Divergence],
+        num_items: float | Tensor | None = None,
+    ) -> None:
+        super().__init__(num_items)
         self._function = function
         self._batch = batch
         self._like = like
@@ -132,7 +166,11 @@ class Custom(Divergence):
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"divergence: the callable returned {got}, expected a scalar tensor")
-        return loss
+        return loss if self._num_items is None else loss * self.count(input) / self._num_items
+
+    def count(self, logits: Logits) -> int | Tensor:
+        """As of the divergence that the logits' shape stands for."""
+        return self._like().count(logits)
 
     def cotangent(self, input: Logits, target: Logits) -> Logits:
         """Its gradient, by autograd."""
@@ -150,7 +188,11 @@ class Custom(Divergence):
 
 
 def choose_divergence(
-    divergence: str | Callable[..., Tensor], logits: Logits, batch: Any, model: nn.Module
+    divergence: str | Callable[..., Tensor],
+    logits: Logits,
+    batch: Any,
+    model: nn.Module,
+    num_items: float | Tensor | None = None,
 ) -> Divergence:
     """The divergence of a batch.
 
@@ -161,21 +203,22 @@ def choose_divergence(
             (B, L), start and end of a span, where padding is no candidate.
         batch: the batch: its "labels" and "attention_mask" are looked at where it is a mapping.
         model: the model, asked whether it predicts the next token.
+        num_items: as in :class:`Divergence`.
 
     Raises:
         ValueError: the logits and labels do not tell.
     """
     if callable(divergence):
-        return Custom(divergence, batch, lambda: choose_divergence("auto", logits, batch, model))
+        return Custom(divergence, batch, lambda: choose_divergence("auto", logits, batch, model), num_items)
     shape = logits[0].shape
     labels, mask = (batch.get(key) if isinstance(batch, Mapping) else None for key in ("labels", "attention_mask"))
     if divergence == "squared_error":
-        return SquaredError()
+        return SquaredError(num_items)
     if len(logits) == 2:
-        return SymmetricKL(absent=None if mask is None or mask.shape != shape else mask == 0)
+        return SymmetricKL(absent=None if mask is None or mask.shape != shape else mask == 0, num_items=num_items)
     if divergence == "auto":
         if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1):
-            return SquaredError()
+            return SquaredError(num_items)
         if isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape == shape:
             raise ValueError(
                 "divergence: got 'auto' with real-valued labels of the logits' shape, which may be numbers, "
@@ -188,11 +231,12 @@ def choose_divergence(
                 "(B, L); for others, a callable"
             )
     if len(shape) == 2:
-        return SymmetricKL()
+        return SymmetricKL(num_items=num_items)
+    counted = mask if isinstance(mask, Tensor) and mask.shape == shape[:-1] else None
     if isinstance(labels, Tensor) and labels.shape == shape[:-1]:
         counted = labels != IGNORED
-        return SymmetricKL(nn.functional.pad(counted[:, 1:], (0, 1)) if _predicts_next(model) else counted)
-    return SymmetricKL(mask if isinstance(mask, Tensor) and mask.shape == shape[:-1] else None)
+        counted = nn.functional.pad(counted[:, 1:], (0, 1)) if _predicts_next(model) else counted
+    return SymmetricKL(counted, num_items=num_items)
 
 
 def _predicts_next(model: nn.Module) -> bool:

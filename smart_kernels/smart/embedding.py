@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smart_kernels.smart.parallel import bare
+
 
 def find_embedding(model: nn.Module, embedding: nn.Module | str | None = None) -> nn.Module:
     """The module whose output is perturbed.
 
     Args:
-        model: the model, compiled or not.
+        model: the model, compiled or not, wrapped or not.
         embedding: the module itself, its name in `model`, or None for the word embedding: what
             ``get_input_embeddings()`` gives (of the encoder, where there is an encoder and a decoder), or the
             only :class:`torch.nn.Embedding` of the model.
@@ -29,7 +31,7 @@ def find_embedding(model: nn.Module, embedding: nn.Module | str | None = None) -
         TypeError: `embedding` is of another type.
         ValueError: the model has no such module, or it is not clear which one is meant.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper puts this in front of every name
+    model = bare(model)
     if isinstance(embedding, str):
         try:
             return model.get_submodule(embedding)
@@ -67,6 +69,8 @@ class EmbeddingHook:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        self.compute_dtype = torch.float32
+        """What the layers behind the module compute in, as it was read last: the autocast's dtype, or the output's."""
         self._output: Tensor | None = None
         self._point: Tensor | None = None
         self._replacement: Tensor | None = None
@@ -124,7 +128,9 @@ class EmbeddingHook:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             got = f"the {type(self._module).__name__} returns {type(output).__name__}"
             raise TypeError(f"embedding: {got}, expected a floating-point tensor")
-        self._output = output
+        self._output, kind = output, output.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        self.compute_dtype = torch.get_autocast_dtype(kind) if autocast else output.dtype
         if self._differentiable:
             self._point = output if output.requires_grad else output.detach().requires_grad_()
         # The model gets a copy, as it may change what it gets in place.
@@ -136,18 +142,27 @@ def perturb(embeds: Tensor, delta: Tensor) -> Tensor:
     return (embeds + delta).to(embeds.dtype)
 
 
-def warn_if_unresolved(embeds: Tensor, epsilon: float) -> None:
-    """Warn if a perturbation of `epsilon` is lost when it is added to embeddings of this dtype and size.
+def warn_if_unresolved(embeds: Tensor, epsilon: float, adversary: str, compute_dtype: torch.dtype) -> None:
+    """Warn if a perturbation of `epsilon` is below what is resolved at the size of these embeddings.
+
+    In their own dtype it is lost when it is added. In the narrower one of autocast, the difference of two passes, whose
+    gradient the "power" adversary follows, is rounding noise; the others take the gradient of one pass.
 
     Reads one number from the device, so it is no part of an ordinary step.
     """
     size = embeds.detach().abs().float().mean().item()
     if not (epsilon and size and math.isfinite(size)):
         return
-    resolution = 2.0 ** math.floor(math.log2(size)) * torch.finfo(embeds.dtype).eps
-    if epsilon < resolution:
-        warnings.warn(
-            f"epsilon = {epsilon:g} is below what {embeds.dtype} resolves at the embeddings' mean size of {size:.2g}, "
-            f"{resolution:.1g}: most of the perturbation is lost. Keep the embeddings in float32, or raise epsilon.",
-            stacklevel=2,
-        )
+    lost = "most of the perturbation is lost. Keep the embeddings in float32, or raise epsilon."
+    noise = (
+        "the difference that adversary='power' follows is rounding noise. Use adversary='predicted', or raise epsilon."
+    )
+    for dtype, consequence in ((embeds.dtype, lost), (compute_dtype, noise)):
+        resolution = 2.0 ** math.floor(math.log2(size)) * torch.finfo(dtype).eps
+        if epsilon < resolution and (consequence is lost or adversary == "power"):
+            warnings.warn(
+                f"epsilon = {epsilon:g} is below what {dtype} resolves at the embeddings' mean size of {size:.2g}, "
+                f"{resolution:.1g}: {consequence}",
+                stacklevel=2,
+            )
+            return

@@ -15,6 +15,7 @@ from smart_kernels.smart.adversary import AT_CLEAN, detached, find_perturbation
 from smart_kernels.smart.config import Logits, SmartConfig
 from smart_kernels.smart.divergence import choose_divergence
 from smart_kernels.smart.embedding import find_embedding, warn_if_unresolved
+from smart_kernels.smart.parallel import bare, check_supported, rank
 from smart_kernels.smart.passes import Forward, Passes, run_model
 from smart_kernels.smart.teacher import Teacher
 
@@ -59,7 +60,7 @@ class Smart:
     Args:
         model: the model to train, on its device; frozen parameters stay as they are. It may be compiled; if it has
             been trained without SMART before, call :func:`torch.compiler.reset`, as it does not see hooks that come
-            later.
+            later. For several processes it comes wrapped by DistributedDataParallel, or with fully_shard applied.
         config: the hyper-parameters; the paper's by default.
         num_training_steps: optimiser steps of the whole training, for the switch of the teacher's decay.
         embedding: the module whose output is perturbed, or its name; by default the word embedding (see
@@ -72,13 +73,14 @@ class Smart:
     Attributes:
         config: the hyper-parameters.
         teacher: the momentum teacher, or the copy of the parameters with ``proximal="vanilla"``; None where mu is 0.
-        generator: what noise is drawn from, seeded from torch's; the default generators end each step where an
-            ordinary one would leave them.
-        skipped: how many samples kept their noise as perturbation because their gradient was not finite; int64
-            scalar on the model's device.
+        generator: what noise is drawn from, seeded from torch's seed and the process's rank (processes that work on
+            the same samples, as with tensor parallelism, are to be given the same seed); the default generators end
+            each step where an ordinary one would leave them.
+        skipped: how many samples of this process kept their noise as perturbation because their gradient was not
+            finite; int64 scalar on the model's device.
 
     Raises:
-        TypeError: an argument is of the wrong type.
+        TypeError: an argument is of the wrong type, or the model wrapped by DataParallel or FullyShardedDataParallel.
         ValueError: the embedding is not found, or the decay's switch needs the number of training steps.
 
     Example:
@@ -110,6 +112,7 @@ class Smart:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}, expected torch.nn.Module")
+        check_supported(model)
         config = SmartConfig() if config is None else config
         if not isinstance(config, SmartConfig):
             raise TypeError(f"config: got {type(config).__name__}, expected SmartConfig")
@@ -122,12 +125,17 @@ class Smart:
         self._warned = config.adversary == "random"  # which knows no radius
         self.teacher = Teacher(model) if config.mu and config.proximal != "none" else None
         device = next((p.device for m in (module, model) if m is not None for p in m.parameters()), torch.device("cpu"))
-        # A constant added to the seed, lest the noise repeat what initialised the weights.
-        self.generator = torch.Generator(device).manual_seed((torch.initial_seed() + 0x9E3779B9) % 2**63)
+        # Something added to the seed, lest the noise repeat what initialised the weights, or another process's.
+        self.generator = torch.Generator(device).manual_seed((torch.initial_seed() + 0x9E3779B9 * (1 + rank())) % 2**63)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     def __call__(
-        self, batch: Any, *, initial_perturbation: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        batch: Any,
+        *,
+        initial_perturbation: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        num_items: float | Tensor | None = None,
     ) -> SmartOutput:
         """The objective for a batch.
 
@@ -136,21 +144,28 @@ class Smart:
             initial_perturbation: the noise that the ascent starts from, of the embeddings' shape, floating point,
                 instead of one drawn.
             generator: what to draw from, on the embeddings' device, instead of `generator` of this object.
+            num_items: what the smoothness and the proximal term's sums are divided by, > 0, a number or a 0-dim
+                tensor: samples, or, where each token is classified, tokens that have a label. By default this
+                batch's own count, which makes means of them. With the count of all batches that are accumulated
+                into one gradient, their sum is the mean over all (with several processes, whose gradients are
+                averaged: the count of all processes over the number of processes). The task loss is the
+                model's: what it divides by is told to it in the batch, as "num_items_in_batch" is to Hugging Face's.
 
         Raises:
-            TypeError: `initial_perturbation` is no floating-point tensor.
-            ValueError: `initial_perturbation` or the mask does not fit the embeddings; or the model's output is not
-                what the divergence can be chosen by.
+            TypeError: `initial_perturbation` is no floating-point tensor, `num_items` no number or scalar tensor.
+            ValueError: `num_items` is not positive; `initial_perturbation` or the mask does not fit the embeddings; or
+                the model's output is not what the divergence can be chosen by.
             RuntimeError: the module to perturb was not called in the forward pass.
         """
         config, passes = self.config, self._passes
         with passes.step():
             clean = passes.clean(batch, differentiable=config.adversary in AT_CLEAN)
-            divergence = choose_divergence(config.divergence, clean.logits, batch, passes.model)
+            num_items = _check_num_items(num_items, clean.logits[0])
+            divergence = choose_divergence(config.divergence, clean.logits, batch, bare(passes.model), num_items)
             loss, delta = clean.loss, None
             smoothness = proximal = loss.new_zeros(())
             if self.teacher is not None:
-                proximal = divergence(clean.logits, passes.substituted(batch, self.teacher.parameters()))
+                proximal = divergence(clean.logits, passes.taught(batch, self.teacher))
                 loss = loss + config.mu * proximal
             if clean.embeds is not None:
                 generator = self.generator if generator is None else generator
@@ -160,7 +175,7 @@ class Smart:
                     config, passes, batch, clean, divergence, noise, mask, generator, self.skipped
                 )
                 target = detached(clean.logits) if config.detach_clean else clean.logits
-                smoothness = divergence(passes.perturbed(batch, clean.embeds, delta), target)
+                smoothness = divergence(passes.perturbed(batch, clean, delta), target)
                 loss = loss + config.lambda_s * smoothness
         return SmartOutput(
             loss, clean.loss.detach(), smoothness.detach(), proximal.detach(), _public(clean.logits), delta
@@ -168,6 +183,9 @@ class Smart:
 
     def update(self, decay: float | Tensor | None = None) -> None:
         """Count an optimiser step and, at the end of an outer step, renew the teacher: call once after each.
+
+        Also after one that a :class:`torch.amp.GradScaler` has skipped: the parameters are as they were, so that what
+        was not finite does not come into the teacher.
 
         Args:
             decay: beta of this update instead of the schedule's, a float in [0, 1] or a scalar tensor on the
@@ -209,7 +227,8 @@ class Smart:
     def _noise(self, embeds: Tensor, mask: Tensor | None, generator: torch.Generator, initial: Tensor | None) -> Tensor:
         if not self._warned:
             self._warned = True
-            warn_if_unresolved(embeds, self.config.epsilon)
+            assert self._passes.hook is not None
+            warn_if_unresolved(embeds, self.config.epsilon, self.config.adversary, self._passes.hook.compute_dtype)
         if initial is None:
             return init_perturbation(embeds.detach(), self.config.noise_std, mask, generator)
         if not isinstance(initial, Tensor) or not initial.is_floating_point():
@@ -243,6 +262,21 @@ def _decay_switch(config: SmartConfig, num_training_steps: int | None) -> float:
             f"{config.decay_late} after {config.decay_switch:g} of the steps (for one decay, set decay_late to decay)"
         )
     return math.inf if config.decay_switch else 0
+
+
+def _check_num_items(num_items: float | Tensor | None, logits: Tensor) -> float | Tensor | None:
+    """A tensor comes back in the dtype of the terms, lest a count in int64 or fp64 widen them."""
+    if isinstance(num_items, Tensor):
+        if num_items.dim() or num_items.is_complex() or num_items.dtype == torch.bool:
+            got = f"{num_items.dtype} of shape {tuple(num_items.shape)}"
+            raise TypeError(f"num_items: got {got}, expected a real tensor of no dimensions")
+        return num_items.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
+    if num_items is not None:
+        if not isinstance(num_items, int | float) or isinstance(num_items, bool):
+            raise TypeError(f"num_items: got {type(num_items).__name__}, expected a number, a tensor or None")
+        if not 0 < num_items < math.inf:
+            raise ValueError(f"num_items: got {num_items}, expected a finite number > 0")
+    return num_items
 
 
 def _public(logits: Logits) -> Tensor | Logits:

@@ -16,6 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from smart_kernels.smart.config import Logits
 from smart_kernels.smart.embedding import EmbeddingHook, perturb
+from smart_kernels.smart.parallel import Reduction, learns_static_graph, sharded_modules, without_reducer
+from smart_kernels.smart.teacher import Teacher
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Any]]
 """How a model is run: (model, batch) -> (task loss, logits or a pair of them)."""
@@ -61,8 +63,25 @@ class CleanPass:
     point: Tensor | None
 
 
-class Passes(nn.Module):
+class _Call(nn.Module):
+    """A model and how it is run, as one module."""
+
+    def __init__(self, model: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.model = model
+        self._forward = forward
+
+    def forward(self, batch: Any) -> tuple[Tensor, Logits]:
+        """The task loss and the logits of a batch."""
+        loss, logits = self._forward(self.model, batch)
+        return loss, tuple(logits) if isinstance(logits, tuple | list) else (logits,)
+
+
+class Passes:
     """Runs a model for one step after another.
+
+    Of a step's passes the clean one alone goes through DistributedDataParallel, so that the reducer sees an ordinary
+    step: one forward pass, one backward pass.
 
     Args:
         model: the model to train.
@@ -72,18 +91,15 @@ class Passes(nn.Module):
     """
 
     def __init__(self, model: nn.Module, forward: Forward, embedding: nn.Module | None, dropout: str) -> None:
-        super().__init__()
         self.model = model
         self.hook = None if embedding is None else EmbeddingHook(embedding)
-        self._forward = forward
+        self._call = _Call(model, forward)
+        self._call_again = _Call(without_reducer(model), forward)
+        self._sharded = sharded_modules(model)
+        self.reduction = Reduction(self._sharded)
         self._dropout = dropout
         self._before: GeneratorStates = []
         self._after: GeneratorStates = []
-
-    def forward(self, batch: Any) -> tuple[Tensor, Logits]:
-        """The task loss and the logits of a batch."""
-        loss, logits = self._forward(self.model, batch)
-        return loss, tuple(logits) if isinstance(logits, tuple | list) else (logits,)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -105,27 +121,33 @@ class Passes(nn.Module):
         Args:
             batch: the batch.
             differentiable: keep its graph as far as the embeddings. Not so where there is no graph at all, or where
-                torch.compile made it: what is inside of such a one has no gradient.
+                torch.compile made it: what is inside of such a one has no gradient. Nor where a reducer learns
+                from it what a backward pass is like.
         """
         embeds = point = None
         if self.hook is None:
-            loss, logits = self(batch)
+            loss, logits = self._call(batch)
         else:
-            with self.hook.read(differentiable and torch.is_grad_enabled() and not self._compiled()):
-                loss, logits = self(batch)
+            apart = not torch.is_grad_enabled() or self._compiled() or learns_static_graph(self.model)
+            with self.hook.read(differentiable and not apart):
+                loss, logits = self._call(batch)
             embeds, point = self.hook.take()
         if self._dropout != "off":
             self._after = generator_states(self.model)
         return CleanPass(loss, logits, embeds, point)
 
-    def perturbed(self, batch: Any, embeds: Tensor, delta: Tensor) -> Logits:
+    def perturbed(self, batch: Any, clean: CleanPass, delta: Tensor) -> Logits:
         """The logits at embeddings + delta, in a graph for the weights.
 
         The embeddings are the clean pass's: a second look-up would have a gradient of the vocabulary's size.
         """
         assert self.hook is not None
-        with self._extra(), self.hook.replace(perturb(embeds, delta)):
-            return self(batch)[1]  # type: ignore[no-any-return]
+        assert clean.embeds is not None
+        with self._extra(), self.hook.replace(perturb(clean.embeds, delta)):
+            logits: Logits = self._call_again(batch)[1]
+        # Autograd goes back through the latest pass first.
+        self.reduction.after(logits, late=(clean.loss, *clean.logits))
+        return logits
 
     @contextmanager
     def probe(self, batch: Any, embeds: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Logits]]:
@@ -136,15 +158,18 @@ class Passes(nn.Module):
         assert self.hook is not None
         with self._extra(), _weights_frozen(self.model):
             with self.hook.replace(perturb(embeds.detach(), delta.requires_grad_())):
-                result = self(batch)
+                result = self._call_again(batch)
             yield result
 
-    def substituted(self, batch: Any, parameters: Mapping[str, Tensor]) -> Logits:
-        """The logits with these parameters in place of the model's own, without any graph."""
-        prefix = "model._orig_mod." if "_orig_mod" in self.model._modules else "model."
-        renamed = {prefix + name: value for name, value in parameters.items()}
+    def taught(self, batch: Any, teacher: Teacher) -> Logits:
+        """The logits with the teacher's weights in place of the model's own, without any graph."""
         with self._extra(), torch.no_grad():
-            return torch.func.functional_call(self, renamed, (batch,))[1]  # type: ignore[no-any-return]
+            if self._sharded:
+                with teacher.weights():
+                    return self._call_again(batch)[1]  # type: ignore[no-any-return]
+            prefix = "model._orig_mod." if "_orig_mod" in self._call_again.model._modules else "model."
+            renamed = {prefix + name: value for name, value in teacher.parameters().items()}
+            return torch.func.functional_call(self._call_again, renamed, (batch,))[1]  # type: ignore[no-any-return]
 
     @contextmanager
     def _extra(self) -> Iterator[None]:

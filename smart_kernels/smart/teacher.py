@@ -9,19 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from smart_kernels.ops.ema import ema_update_
+from smart_kernels.smart.parallel import bare, local, reshard, sharded_like, sharded_modules, write_shards
 
 
 class Teacher:
     r"""Shadows of a model's trainable parameters: :math:`\tilde\theta \leftarrow (1-\beta)\theta + \beta\tilde\theta`.
 
     The mean teacher of SMART (Jiang et al. 2020, arXiv 1911.03437, section 3.2). What the model has frozen, and its
-    buffers, have no shadow: the teacher shares them. A parameter that is tied to several places has one.
+    buffers, have no shadow: the teacher shares them. A parameter that is tied to several places has one. The shadow of
+    a sharded parameter (a DTensor, as of fully_shard) is sharded alike; each process keeps and moves its own part.
 
     Args:
-        model: the student, on its device, with what is not to be trained frozen.
+        model: the student, on its device, wrapped or sharded already, with what is not to be trained frozen.
 
     Attributes:
-        shadows: by parameter name; fp32, or fp64 for fp64 parameters.
+        shadows: by parameter name, without what wrappers put before it; fp32, or fp64 for fp64 parameters.
 
     Raises:
         ValueError: the model has no trainable parameter.
@@ -41,7 +43,9 @@ class Teacher:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        model = getattr(model, "_orig_mod", model)
+        self._sharded = sharded_modules(model)
+        reshard(self._sharded)
+        model = bare(model)
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._parameters:
             raise ValueError("model: has no parameter that requires grad, so there is nothing to average")
@@ -52,7 +56,9 @@ class Teacher:
 
     def update(self, decay: float | Tensor) -> None:
         """Move the shadows towards the parameters, in place; `decay` as in :func:`~smart_kernels.ema_update_`."""
-        ema_update_(list(self.shadows.values()), list(self._parameters.values()), decay)
+        with torch.no_grad():
+            shadows, parameters = ([local(x) for x in d.values()] for d in (self.shadows, self._parameters))
+        ema_update_(shadows, parameters, decay)
 
     def parameters(self) -> dict[str, Tensor]:
         """The shadows by parameter name, each in the dtype of its parameter: copies only where that is another."""
@@ -62,8 +68,18 @@ class Teacher:
     def weights(self) -> Iterator[None]:
         """The model has the teacher's weights in this context, to be evaluated, saved or copied, not to be trained.
 
-        No parameter is copied unless its dtype is not its shadow's; what was there comes back, whatever happens.
+        No parameter is copied unless its dtype is not its shadow's, or it is sharded by fully_shard; what was there
+        comes back, whatever happens. All processes of a sharded model enter and leave together.
         """
+        torch.clear_autocast_cache()  # which holds narrow copies of the student's weights
+        try:
+            with self._written() if self._sharded else self._swapped():
+                yield
+        finally:
+            torch.clear_autocast_cache()
+
+    @contextmanager
+    def _swapped(self) -> Iterator[None]:
         students = {name: p.data for name, p in self._parameters.items()}
         try:
             for name, value in self.parameters().items():
@@ -73,12 +89,24 @@ class Teacher:
             for name, value in students.items():
                 self._parameters[name].data = value
 
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """The same where every pass gathers the parameters from the memory that their shards lie in."""
+        with torch.no_grad():
+            shards, shadows = ([local(x) for x in d.values()] for d in (self._parameters, self.shadows))
+            students = [shard.clone() for shard in shards]
+        try:
+            write_shards(self._sharded, shards, shadows)
+            yield
+        finally:
+            write_shards(self._sharded, shards, students)
+
     def state_dict(self) -> dict[str, Tensor]:
         """The shadows by parameter name; they are not copied."""
         return dict(self.shadows)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Set the shadows to those of a :meth:`state_dict`.
+        """Set the shadows to those of a :meth:`state_dict`; a sharded one takes its part of a whole tensor, too.
 
         Raises:
             ValueError: a name, shape or dtype differs; nothing was changed then.
@@ -93,4 +121,4 @@ class Teacher:
         if differing:
             raise ValueError("state: does not fit the teacher's shadows: " + "; ".join(sorted(differing)))
         for name, shadow in self.shadows.items():
-            shadow.copy_(state[name])
+            shadow.copy_(sharded_like(shadow, state[name]))
