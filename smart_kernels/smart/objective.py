@@ -218,6 +218,15 @@ class Smart:
         """
         if missing := {"updates", "generator", "skipped", "teacher"} - state.keys():
             raise ValueError(f"state: has no {', '.join(sorted(missing))}")
+        got, expected = state["generator"].numel(), self.generator.get_state().numel()
+        if got != expected:
+            raise ValueError(
+                f"state: its generator has {got} bytes, expected {expected}: it is that of another kind of device"
+            )
+        if self.teacher is None and state["teacher"]:
+            raise ValueError(
+                f"state: has a teacher, expected none: mu is {self.config.mu:g}, proximal {self.config.proximal!r}"
+            )
         if self.teacher is not None:
             self.teacher.load_state_dict(state["teacher"])
         self._updates = state["updates"]
