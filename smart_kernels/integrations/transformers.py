@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from smart_kernels.smart.checkpoint import load_smart, save_smart
 from smart_kernels.smart.config import CHOICES, SmartConfig
+from smart_kernels.smart.divergence import IGNORED
 from smart_kernels.smart.objective import Smart, SmartOutput
 from smart_kernels.smart.passes import generator_states, model_logits, set_generator_states
 
@@ -89,21 +90,26 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
     or `compute_loss_func`; smoothness and proximal term are means over the same samples or tokens, those of all
     micro-batches and processes of an optimiser step. Where a model's loss is the mean of a micro-batch and knows
     nothing of the others (it ignores `num_items_in_batch`), Trainer adds these means up; here, unless both `lambda_s`
-    and `mu` are 0, they are averaged.
+    and `mu` are 0, they make the mean over all items.
 
     The log gets, as means since the last one, task_loss, smoothness, proximal and perturbation_linf (or _l2: the
     largest norm of a sample's perturbation, in units of the embeddings), and skipped_samples, how many so far had no
     finite gradient. Checkpoints get "smart.safetensors". One that is not complete, since the process was killed, is no
     candidate for ``train(resume_from_checkpoint=True)``, and an error if it is named.
 
+    For evaluation by generation, inherit from both: ``class SmartSeq2SeqTrainer(SmartTrainer, Seq2SeqTrainer)``, with
+    arguments of a dataclass that inherits from SmartTrainingArguments and Seq2SeqTrainingArguments.
+
     Args:
         model: as in Trainer.
         args: the arguments, a SmartTrainingArguments.
+        others: Trainer's other arguments, by position.
         divergence: a callable instead of `args.smart_divergence`, as in :class:`~smart_kernels.SmartConfig`.
-        kwargs: Trainer's other arguments.
+        kwargs: Trainer's other arguments, by name.
 
     Attributes:
-        smart: the :class:`~smart_kernels.Smart` of the last training; None before.
+        smart: the :class:`~smart_kernels.Smart` of the last training; None before. To save the teacher as a model:
+            ``with trainer.smart.teacher.weights(): trainer.save_model(folder)``.
 
     Raises:
         TypeError: `args` is of another class.
@@ -114,7 +120,7 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         self,
         model: nn.Module | None = None,
         args: SmartTrainingArguments | None = None,
-        *,
+        *others: Any,
         divergence: Callable[..., Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -127,7 +133,7 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         self._checkpoint: str | None = None  # that the training goes on from
         self._ignores_num_items: bool | None = None
         self._outputs: Any = None
-        super().__init__(model, args, **kwargs)
+        super().__init__(model, args, *others, **kwargs)
         self.add_callback(_Steps(self))
 
     # ------------------------------------------------------------------------------------------------ training
@@ -191,18 +197,24 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         """The SMART objective in training, Trainer's loss in evaluation; arguments and result are those of Trainer."""
         if self.smart is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        config, batches = self.smart.config, self.current_gradient_accumulation_steps
         divides = self._trainer_divides(num_items_in_batch)
-        means = divides  # whether each term is a mean over this batch, to be divided by the number of batches in a step
-        if self.smart.config.lambda_s or self.smart.config.mu:
-            means = divides or num_items_in_batch is None or self._ignored(model, inputs, num_items_in_batch)
-            num_items_in_batch = None if means else num_items_in_batch
-        share = None if num_items_in_batch is None else num_items_in_batch / self._averaged()
+        weight: float | Tensor = 1.0  # of this batch in its step
+        share = None
+        if (config.lambda_s or config.mu) and not divides:
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            if num_items_in_batch is None:
+                weight = 1 / batches
+            elif self._ignored(model, inputs, num_items_in_batch):
+                weight = self._counted(inputs) * processes / num_items_in_batch
+                num_items_in_batch = None
+            else:
+                share = num_items_in_batch / processes
         self._outputs = None
         out = self.smart({**inputs, _NUM_ITEMS: num_items_in_batch}, num_items=share)
         outputs, self._outputs = self._outputs, None
-        batches = self.current_gradient_accumulation_steps
-        self._record(out, batches if means else 1)
-        loss = out.loss / batches if means and not divides else out.loss
+        self._record(out, weight / batches if divides else weight)
+        loss = weight * out.loss
         return (loss, outputs) if return_outputs else loss
 
     def _forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Any]:
@@ -222,9 +234,11 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
             return self.compute_loss_func is None and not (self.model_accepts_loss_kwargs and num_items is not None)
         return not scaled
 
-    def _averaged(self) -> int:
-        """Over how many processes the mean of gradients is taken whose losses are divided by the items of all."""
-        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1  # type: ignore[no-any-return]
+    def _counted(self, inputs: dict[str, Any]) -> Tensor:
+        """How many items of the step this batch has, as Trainer counts them."""
+        labels = inputs["labels"]
+        shifted = getattr(self, "_loss_shifts_labels", False)
+        return (labels[..., 1:] if shifted else labels).ne(IGNORED).sum()  # type: ignore[no-any-return]
 
     def _ignored(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int) -> bool:
         """Whether the task loss is the same for any number of items: found once, by trying two."""
@@ -245,10 +259,10 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
 
     # ------------------------------------------------------------------------------------------------ logging
 
-    def _record(self, out: SmartOutput, batches: int) -> None:
+    def _record(self, out: SmartOutput, weight: float | Tensor) -> None:
         """Add a batch's terms to those of the steps since the last log, on the device: nothing waits for it."""
         assert self.smart is not None
-        terms = torch.stack([out.task_loss, out.smoothness, out.proximal]).to(self._sums.dtype) / batches
+        terms = weight * torch.stack([out.task_loss, out.smoothness, out.proximal])
         size = terms.new_zeros(1)
         if out.perturbation is not None:
             config, delta = self.smart.config, out.perturbation
