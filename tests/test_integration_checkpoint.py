@@ -161,8 +161,8 @@ def test_other_numbers_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     generators = torch.stack([torch.Generator().manual_seed(seed).get_state() for seed in range(3)])
     resave(path, generator=generators, skipped=torch.tensor([1, 10, 100]))
     for processes, rank, skipped in ((2, 0, 101), (2, 1, 10), (4, 2, 100), (4, 3, 0)):
-        monkeypatch.setattr(checkpoint, "_processes", lambda n=processes: n)
-        monkeypatch.setattr(checkpoint, "_rank", lambda n=rank: n)
+        monkeypatch.setattr(checkpoint, "processes", lambda n=processes: n)
+        monkeypatch.setattr(checkpoint, "rank", lambda n=rank: n)
         smart = trained()
         own = smart.generator.get_state()
         load_smart(smart, path)

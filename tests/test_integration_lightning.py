@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import readme
 import torch
-from hf_tasks import TASKS
+from hf_tasks import NO_DROPOUT, TASKS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -27,13 +27,11 @@ BALL = SmartConfig(epsilon=0.1, noise_std=0.05, step_size=0.15, decay=0.5)
 
 
 class Module(pl.LightningModule):
-    """A Hugging Face model with an optimiser; by default without dropout, whose masks Lightning does not resume."""
+    """A Hugging Face model with an optimiser; without dropout, whose masks Lightning does not resume."""
 
-    def __init__(self, task: str = "bert", **options: Any) -> None:
+    def __init__(self, task: str = "bert") -> None:
         super().__init__()
-        self.model = TASKS[task].build(
-            **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if task == "bert" else {}, **options
-        )
+        self.model = TASKS[task].build(**NO_DROPOUT[task])
         self.passes = 0
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:

@@ -14,7 +14,7 @@ import pytest
 import readme
 import torch
 import transformers
-from hf_tasks import TASKS, trainer_for
+from hf_tasks import NO_DROPOUT, TASKS, trainer_for
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,14 +26,6 @@ from smart_kernels.smart import objective
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BALL: dict[str, Any] = {"smart_epsilon": 0.1, "smart_noise_std": 0.05, "smart_step_size": 0.15, "smart_decay": 0.5}
-NO_DROPOUT = {
-    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "deberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "distilbert": {"dropout": 0.0, "attention_dropout": 0.0, "qa_dropout": 0.0},
-    "roberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    "t5": {"dropout_rate": 0.0},
-}
 
 
 def parameters(trainer: Any) -> dict[str, Tensor]:

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from smart_kernels.smart.objective import Smart
+from smart_kernels.smart.parallel import processes, rank
 
-TEACHER = "teacher."
+_TEACHER = "teacher."
 
 
 def save_smart(smart: Smart, path: str | os.PathLike[str], *, write: bool | None = None) -> None:
@@ -40,8 +40,9 @@ def save_smart(smart: Smart, path: str | os.PathLike[str], *, write: bool | None
         ...     save_smart(smart, f"{folder}/smart.safetensors")
         ...     load_smart(smart, f"{folder}/smart.safetensors")
     """
-    tensors = gather_state(smart)
-    if _rank() == 0 if write is None else write:
+    write = rank() == 0 if write is None else write
+    tensors = gather_state(smart, keep=write)
+    if write:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.tmp")
@@ -73,20 +74,29 @@ def load_smart(smart: Smart, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"path: {os.fspath(path)} does not fit: {error}") from None
 
 
-def gather_state(smart: Smart) -> dict[str, Tensor]:
+def gather_state(smart: Smart, *, keep: bool = True) -> dict[str, Tensor]:
     """The state of all processes as tensors by name; every process has to call this.
+
+    Args:
+        smart: the running training.
+        keep: whether this process is to have the shadows.
 
     Returns:
         "teacher.NAME" for each shadow, whole; "updates", a scalar; "skipped", shape (processes,), and "generator",
         shape (processes, bytes).
     """
     state = smart.state_dict()
-    tensors = {TEACHER + name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state["teacher"].items()}
+    tensors: dict[str, Tensor] = {}
+    for name, shadow in state["teacher"].items():
+        # put together one by one: a sharded model need not fit into one device
+        whole = shadow.full_tensor().cpu() if hasattr(shadow, "full_tensor") else shadow
+        if keep:
+            tensors[_TEACHER + name] = whole
     tensors["updates"] = torch.tensor(state["updates"])
     for name in ("skipped", "generator"):
         # a sum, since that is the collective which every backend has on every device
-        rows = state[name].new_zeros(_processes(), *state[name].shape, device=smart.skipped.device)
-        rows[_rank()] = state[name]
+        rows = state[name].new_zeros(processes(), *state[name].shape, device=smart.skipped.device)
+        rows[rank()] = state[name]
         if len(rows) > 1:
             dist.all_reduce(rows)
         tensors[name] = rows.cpu()
@@ -105,27 +115,22 @@ def restore_state(smart: Smart, tensors: Mapping[str, Tensor]) -> None:
     state: dict[str, Any] = {
         "updates": int(tensors["updates"]),
         # samples that were skipped by processes that are no more are counted on
-        "skipped": tensors["skipped"][_rank() :: _processes()].sum(),
+        "skipped": tensors["skipped"][rank() :: processes()].sum(),
         "generator": smart.generator.get_state(),
         "teacher": {},
     }
-    if _rank() < len(tensors["generator"]):
-        state["generator"] = tensors["generator"][_rank()]
+    if rank() < len(tensors["generator"]):
+        state["generator"] = tensors["generator"][rank()]
     for name, t in tensors.items():
-        if name.startswith(TEACHER):
-            shadow = shadows.get(name := name.removeprefix(TEACHER))
-            if isinstance(shadow, DTensor):  # each process takes its part of what it has read
+        if name.startswith(_TEACHER):
+            shadow: Any = shadows.get(name := name.removeprefix(_TEACHER))
+            if hasattr(shadow, "device_mesh"):
+                from torch.distributed.tensor import distribute_tensor  # for those alone who have it loaded anyway
+
+                # each process takes its part of what it has read
                 t = distribute_tensor(t, shadow.device_mesh, shadow.placements, src_data_rank=None)
             state["teacher"][name] = t
     smart.load_state_dict(state)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _to_disk(path: Path) -> None:
