@@ -166,7 +166,7 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         if args.n_gpu > 1 or self.is_deepspeed_enabled or (parallel and parallel.non_data_parallel_size > 1):
             raise ValueError(
                 "args: got DataParallel, DeepSpeed or tensor, context or sequence parallelism, expected one device, "
-                "DDP or FSDP; for several GPUs start with torchrun"
+                "DDP or FSDP2; for several GPUs start with torchrun"
             )
         config = args.smart_config()
         if self._divergence is not None:
@@ -290,7 +290,8 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
 
         Args:
             args: as in Trainer.
-            use_teacher: with the teacher's weights instead of the student's.
+            use_teacher: with the teacher's weights instead of the student's: those that training ended with, also
+                where `load_best_model_at_end` has put an earlier student back.
             kwargs: as in Trainer.
 
         Raises:
