@@ -111,25 +111,15 @@ def restore_state(smart: Smart, tensors: Mapping[str, Tensor]) -> None:
     """
     if missing := {"updates", "skipped", "generator"} - tensors.keys():
         raise ValueError(f"state: has no {', '.join(sorted(missing))}")
-    shadows = {} if smart.teacher is None else smart.teacher.shadows
     state: dict[str, Any] = {
         "updates": int(tensors["updates"]),
         # samples that were skipped by processes that are no more are counted on
         "skipped": tensors["skipped"][rank() :: processes()].sum(),
         "generator": smart.generator.get_state(),
-        "teacher": {},
+        "teacher": {n.removeprefix(_TEACHER): t for n, t in tensors.items() if n.startswith(_TEACHER)},
     }
     if rank() < len(tensors["generator"]):
         state["generator"] = tensors["generator"][rank()]
-    for name, t in tensors.items():
-        if name.startswith(_TEACHER):
-            shadow: Any = shadows.get(name := name.removeprefix(_TEACHER))
-            if hasattr(shadow, "device_mesh"):
-                from torch.distributed.tensor import distribute_tensor  # for those alone who have it loaded anyway
-
-                # each process takes its part of what it has read
-                t = distribute_tensor(t, shadow.device_mesh, shadow.placements, src_data_rank=None)
-            state["teacher"][name] = t
     smart.load_state_dict(state)
 
 
