@@ -253,6 +253,24 @@ def test_early_stopping_and_the_best_model(tmp_path: Path) -> None:
     assert (tmp_path / left[0] / "smart.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bf16": True, "smart_adversary": "predicted"},
+        {"activation_checkpointing": True},
+        {"neftune_noise_alpha": 5.0},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_other_ways_to_train(options: dict[str, Any], tmp_path: Path) -> None:
+    trainer = trainer_for(TASKS["bert"], tmp_path, **BALL | options)
+    trainer.train()
+    for entry in logged(trainer):
+        assert math.isclose(entry["loss"], entry["task_loss"] + entry["smoothness"] + entry["proximal"], rel_tol=1e-5)
+        assert entry["smoothness"] > 0
+    assert logged(trainer)[-1]["proximal"] > 0
+
+
 def test_searching_hyper_parameters_builds_a_new_teacher(tmp_path: Path) -> None:
     """Every trial's model and arguments are new; this is what a search does to a trainer."""
     task = TASKS["bert"]
