@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 import smart_kernels
 from smart_kernels import SmartConfig
-from smart_kernels.integrations.transformers import SmartTrainer, SmartTrainingArguments, last_complete_checkpoint
+from smart_kernels.integrations import transformers as integration
+from smart_kernels.integrations.transformers import (
+    SmartTrainer,
+    SmartTrainingArguments,
+    last_complete_checkpoint,
+    what_lacks,
+)
 from smart_kernels.smart import objective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -405,6 +411,23 @@ def test_a_checkpoint_that_was_not_written_to_its_end(tmp_path: Path, caplog: py
         last_complete_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="has no complete checkpoint"):
         trainer_for(task, tmp_path / "empty").train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_is_being_overwritten_is_not_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of two trainings must not pass for a checkpoint, if the second is killed amid them."""
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer_for(TASKS["bert"], tmp_path, **options).train()
+    assert what_lacks(tmp_path / "checkpoint-2") is None
+    monkeypatch.setattr(integration, "save_smart", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer_for(TASKS["bert"], tmp_path, **options).train()
+    assert what_lacks(tmp_path / "checkpoint-2") == "has no trainer_state.json"
 
 
 def test_a_checkpoint_that_does_not_fit_says_which(tmp_path: Path) -> None:
