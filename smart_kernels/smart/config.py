@@ -13,7 +13,7 @@ from torch import Tensor
 Logits = tuple[Tensor, ...]
 """What a model says of a batch: one tensor of logits, or those of the start and of the end of a span."""
 
-_CHOICES = {
+CHOICES = {
     "norm": ("linf", "l2"),
     "scope": ("sample", "token"),
     "adversary": ("power", "predicted", "fisher", "task", "random"),
@@ -21,6 +21,7 @@ _CHOICES = {
     "dropout": ("shared", "independent", "off"),
     "divergence": ("auto", "symmetric_kl", "squared_error"),
 }
+"""What the fields that are words may be."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class SmartConfig:
                 raise TypeError(f"{name}: got {type(value).__name__}, expected int")
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices and not (name == "divergence" and callable(value)):
                 expected = ", ".join(map(repr, choices)) + (" or a callable" if name == "divergence" else "")

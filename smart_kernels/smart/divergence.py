@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from smart_kernels.ops.symmetric_kl import symmetric_kl, symmetric_kl_grad
 from smart_kernels.smart.config import Logits
+from smart_kernels.smart.embedding import first_having
 
 IGNORED = -100
 """The label of a token that is not counted, as in :func:`torch.nn.functional.cross_entropy`."""
@@ -241,8 +242,8 @@ def choose_divergence(
 
 def _predicts_next(model: nn.Module) -> bool:
     """Whether the model's loss compares the logits at a token with the next token's label."""
-    generates = getattr(model, "can_generate", None)
-    return callable(generates) and generates() and not model.config.is_encoder_decoder  # type: ignore[union-attr]
+    part: Any = first_having(model, "can_generate")
+    return part is not None and part.can_generate() and not part.config.is_encoder_decoder  # type: ignore[no-any-return]
 
 
 def _plain(logits: Logits) -> Any:

@@ -24,8 +24,8 @@ def find_embedding(model: nn.Module, embedding: nn.Module | str | None = None) -
     Args:
         model: the model, compiled or not, wrapped or not.
         embedding: the module itself, its name in `model`, or None for the word embedding: what
-            ``get_input_embeddings()`` gives (of the encoder, where there is an encoder and a decoder), or the
-            only :class:`torch.nn.Embedding` of the model.
+            ``get_input_embeddings()`` of the model, or of the first part that has it, gives (of the encoder, where
+            there is an encoder and a decoder), or the only :class:`torch.nn.Embedding` of the model.
 
     Raises:
         TypeError: `embedding` is of another type.
@@ -43,8 +43,8 @@ def find_embedding(model: nn.Module, embedding: nn.Module | str | None = None) -
         return embedding
     if embedding is not None:
         raise TypeError(f"embedding: got {type(embedding).__name__}, expected a module, its name or None")
-    if hasattr(model, "get_input_embeddings"):
-        part: Any = model
+    part: Any = first_having(model, "get_input_embeddings")
+    if part is not None:
         if getattr(part.config, "is_encoder_decoder", False):
             part = part.get_encoder()
         return part.get_input_embeddings()  # type: ignore[no-any-return]
@@ -55,6 +55,11 @@ def find_embedding(model: nn.Module, embedding: nn.Module | str | None = None) -
             f"embedding: expected the name of the module to perturb; the model's nn.Embedding are: {found}"
         )
     return next(iter(candidates.values()))
+
+
+def first_having(model: nn.Module, name: str) -> nn.Module | None:
+    """The model, or its first part, that has an attribute of this name: a Hugging Face model may stand in another."""
+    return next((module for module in model.modules() if hasattr(module, name)), None)
 
 
 class EmbeddingHook:

@@ -218,10 +218,20 @@ class Smart:
         """
         if missing := {"updates", "generator", "skipped", "teacher"} - state.keys():
             raise ValueError(f"state: has no {', '.join(sorted(missing))}")
+        generator = state["generator"].clone()  # a view would be read from where its memory begins
+        try:
+            torch.Generator(self.generator.device).set_state(generator)
+        except (RuntimeError, TypeError) as error:
+            message = f"state: its generator's state is not that of one on {self.generator.device.type}: {error}"
+            raise ValueError(message) from None
+        if self.teacher is None and state["teacher"]:
+            raise ValueError(
+                f"state: has a teacher, expected none: mu is {self.config.mu:g}, proximal {self.config.proximal!r}"
+            )
         if self.teacher is not None:
             self.teacher.load_state_dict(state["teacher"])
         self._updates = state["updates"]
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(generator)
         self.skipped.copy_(state["skipped"])
 
     def _noise(self, embeds: Tensor, mask: Tensor | None, generator: torch.Generator, initial: Tensor | None) -> Tensor:

@@ -171,5 +171,13 @@ def _parameter_groups(modules: Sequence[FSDPModule]) -> list[Any]:
 
 def rank() -> int:
     """The number of this process among those that train together; 0 for a single one."""
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return torch.distributed.get_rank() if _started() else 0
+
+
+def processes() -> int:
+    """How many processes train together; 1 for a single one."""
+    return torch.distributed.get_world_size() if _started() else 1
+
+
+def _started() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -31,18 +31,39 @@ def run_model(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
         ValueError: the output has no loss, or no logits.
     """
     output = model(**batch)
+    spans = "start_positions" in batch
     if isinstance(output, tuple):  # return_dict=False: loss, logits or loss, start logits, end logits
-        spans = "start_positions" in batch
         if len(output) < 2 + spans or not isinstance(output[0], Tensor) or output[0].dim() != 0:
             raise ValueError("model: its output tuple does not begin with a loss and logits; are labels in the batch?")
-        return output[0], output[1:3] if spans else output[1]
-    if getattr(output, "loss", None) is None:
+        return output[0], model_logits(output, spans)
+    loss = _part(output, "loss")
+    if loss is None:
         raise ValueError("model: its output has no loss; put labels into the batch, or give `forward`")
-    if hasattr(output, "start_logits"):
-        return output.loss, (output.start_logits, output.end_logits)
-    if getattr(output, "logits", None) is None:
+    return loss, model_logits(output, spans)
+
+
+def model_logits(output: Any, spans: bool) -> Any:
+    """The logits in a model's output, or the pair of them: an object or mapping, or a tuple that begins with a loss.
+
+    Args:
+        output: what a Hugging Face model returns.
+        spans: whether a tuple has two of them, for the start and the end of a span.
+
+    Raises:
+        ValueError: it has no logits.
+    """
+    if isinstance(output, tuple):
+        return output[1:3] if spans else output[1]
+    if (start := _part(output, "start_logits")) is not None:
+        return start, _part(output, "end_logits")
+    logits = _part(output, "logits")
+    if logits is None:
         raise ValueError("model: its output has no logits; give `forward`")
-    return output.loss, output.logits
+    return logits
+
+
+def _part(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,133 @@
+"""SMART in Lightning: a callback."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from smart_kernels.smart.checkpoint import gather_state, restore_state
+from smart_kernels.smart.config import SmartConfig
+from smart_kernels.smart.objective import Smart, attention_mask
+from smart_kernels.smart.passes import model_logits
+
+
+class SmartCallback(Callback):  # type: ignore[misc]
+    """The SMART objective (Jiang et al. 2020, arXiv 1911.03437) instead of the loss of a LightningModule.
+
+    The module's ``training_step`` has to return a mapping with "loss" and "logits", as a Hugging Face model does. It
+    is run for each of a step's passes; what it logs counts once, that of the ordinary pass. The module logs
+    task_loss, smoothness, proximal and skipped_samples too. The teacher moves after each step that the optimiser has
+    made, and the state of SMART is part of Lightning's checkpoints.
+
+    Args:
+        config: the hyper-parameters; the paper's by default.
+        embedding: name of the module whose output is perturbed; by default the word embedding (see
+            :func:`~smart_kernels.smart.embedding.find_embedding`).
+        mask: gives, for a batch, which positions are perturbed, as in :class:`~smart_kernels.Smart`.
+
+    Attributes:
+        smart: the :class:`~smart_kernels.Smart` of the last training, None before;
+            ``with callback.smart.teacher.weights(): trainer.validate(module)`` evaluates its teacher.
+
+    Raises:
+        ValueError: when training begins: the module optimises by hand, a hyper-parameter or a state to resume from
+            does not fit; in a step: ``training_step`` returns something else.
+    """
+
+    def __init__(
+        self,
+        config: SmartConfig | None = None,
+        *,
+        embedding: str | None = None,
+        mask: Callable[[Any], Tensor | None] = attention_mask,
+    ) -> None:
+        self.smart: Smart | None = None
+        self._config = config
+        self._embedding = embedding
+        self._mask = mask
+        self._state: dict[str, Tensor] | None = None  # to resume from
+        self._training_step: Callable[..., Any]
+        self._place: tuple[Any, ...] = ()  # of a batch in its epoch
+        self._output: Mapping[str, Any] | None = None  # of the ordinary pass
+        self._handles: list[Any] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the objective in the place of the module's loss."""
+        if not pl_module.automatic_optimization:
+            raise ValueError("pl_module: got automatic_optimization=False, expected True")
+        steps = trainer.estimated_stepping_batches
+        self.smart = Smart(
+            pl_module,
+            self._config,
+            None if math.isinf(steps) else int(steps),
+            embedding=self._embedding,
+            forward=self._forward,
+            mask=self._mask,
+        )
+        if self._state is not None:
+            restore_state(self.smart, self._state)
+            self._state = None
+        self._training_step = pl_module.training_step
+        pl_module.training_step = functools.wraps(self._training_step)(functools.partial(self._step, pl_module))
+        # after steps that were made, not those that a gradient scaler has skipped
+        update = self.smart.update
+        self._handles = [o.register_step_post_hook(lambda *_: update()) for o in trainer.optimizers]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the module as it was."""
+        if self._handles:
+            del pl_module.training_step  # the one that was put before the class's own
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was."""
+        self.on_train_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of SMART, for the checkpoint."""
+        return {} if self.smart is None else gather_state(self.smart)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training begins."""
+        self._state = state_dict
+
+    def _step(self, pl_module: LightningModule, batch: Any, *place: Any) -> dict[str, Any]:
+        """In place of the module's training_step."""
+        assert self.smart is not None
+        self._place, self._output = place, None
+        out = self.smart(batch)
+        output, self._output = self._output, None
+        assert output is not None
+        for name in ("task_loss", "smoothness", "proximal"):
+            pl_module.log(name, getattr(out, name))
+        pl_module.log("skipped_samples", self.smart.skipped.float())
+        return {**output, "loss": out.loss}
+
+    def _forward(self, pl_module: LightningModule, batch: Any) -> tuple[Tensor, Any]:
+        with nullcontext() if self._output is None else _silent(pl_module):
+            output = self._training_step(batch, *self._place)
+        if not isinstance(output, Mapping) or "loss" not in output:
+            raise ValueError(
+                f"training_step: returned {type(output).__name__}, expected a mapping with 'loss' and 'logits'"
+            )
+        if self._output is None:
+            self._output = output
+        return output["loss"], model_logits(output, "start_logits" in output)
+
+
+@contextmanager
+def _silent(pl_module: LightningModule) -> Iterator[None]:
+    """The module's log does nothing."""
+    pl_module.log = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del pl_module.log

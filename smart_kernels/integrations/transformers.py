@@ -1,0 +1,359 @@
+"""SMART in Hugging Face's Trainer: one import and one class name changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import re
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from smart_kernels.smart.checkpoint import load_smart, save_smart
+from smart_kernels.smart.config import CHOICES, SmartConfig
+from smart_kernels.smart.divergence import IGNORED
+from smart_kernels.smart.objective import Smart, SmartOutput
+from smart_kernels.smart.passes import generator_states, model_logits, set_generator_states
+
+SMART_NAME = "smart.safetensors"
+"""The file in a checkpoint that holds the state of SMART."""
+
+_PREFIX = "smart_"
+_NUM_ITEMS = "num_items_in_batch"
+
+logger = logging.getLogger(__name__)
+
+
+def _arguments() -> list[tuple[str, Any, Any]]:
+    """SmartConfig's fields as fields of command-line arguments: types, defaults, choices, and its docstring as help."""
+    described = dict(re.findall(r"^ {8}(\w+): ((?:.+\n)(?: {12}.+\n)*)", SmartConfig.__doc__ or "", re.MULTILINE))
+    hints = typing.get_type_hints(SmartConfig)
+    arguments = []
+    for source in dataclasses.fields(SmartConfig):
+        metadata: dict[str, Any] = {"help": " ".join(described.get(source.name, "").split()).replace("%", "%%")}
+        if source.name in CHOICES:
+            metadata["choices"] = CHOICES[source.name]
+        kind = str if source.name in CHOICES else hints[source.name]  # a callable has no place on a command line
+        arguments.append((_PREFIX + source.name, kind, field(default=source.default, metadata=metadata)))
+    return arguments
+
+
+_SmartArguments: Any = dataclasses.make_dataclass("_SmartArguments", _arguments())
+
+
+@dataclass
+class SmartTrainingArguments(_SmartArguments, TrainingArguments):  # type: ignore[misc]
+    """Trainer's arguments and, with `smart_` in front of its name, each field of :class:`~smart_kernels.SmartConfig`.
+
+    Args:
+        smart_embedding: name of the module whose output is perturbed; by default the word embedding. A model that has
+            none, as one for images, needs it.
+
+    Example:
+        >>> from smart_kernels.integrations.transformers import SmartTrainingArguments
+        >>> args = SmartTrainingArguments("out", smart_lambda_s=3.0, smart_adversary="predicted")
+        >>> args.smart_config().lambda_s
+        3.0
+    """
+
+    smart_embedding: str | None = field(
+        default=None,
+        metadata={"help": "name of the module whose output is perturbed; by default the word embedding"},
+    )
+
+    def smart_config(self) -> SmartConfig:
+        """The hyper-parameters of SMART.
+
+        Raises:
+            TypeError: one is of the wrong type.
+            ValueError: one is out of its range, or two do not fit together.
+        """
+        return SmartConfig(**{f.name: getattr(self, _PREFIX + f.name) for f in dataclasses.fields(SmartConfig)})
+
+
+class SmartTrainer(Trainer):  # type: ignore[misc]
+    """Trainer with the SMART objective (Jiang et al. 2020, arXiv 1911.03437); evaluation is Trainer's own.
+
+    Every task works whose model gives a loss and logits. The task loss is what Trainer computes, with label smoothing
+    or `compute_loss_func`; smoothness and proximal term are means over the same samples or tokens, those of all
+    micro-batches and processes of an optimiser step. Where a model's loss is the mean of a micro-batch and knows
+    nothing of the others (it ignores `num_items_in_batch`), Trainer adds these means up; here, unless both `lambda_s`
+    and `mu` are 0, they make the mean over all items.
+
+    The log gets, as means since the last one, task_loss, smoothness, proximal and perturbation_linf (or _l2: the
+    largest norm of a sample's perturbation, in units of the embeddings), and skipped_samples, how many so far had no
+    finite gradient. Checkpoints get "smart.safetensors". One that is not complete, since the process was killed, is no
+    candidate for ``train(resume_from_checkpoint=True)``, and an error if it is named.
+
+    For evaluation by generation, inherit from both: ``class SmartSeq2SeqTrainer(SmartTrainer, Seq2SeqTrainer)``, with
+    arguments of a dataclass that inherits from SmartTrainingArguments and Seq2SeqTrainingArguments.
+
+    Args:
+        model: as in Trainer.
+        args: the arguments, a SmartTrainingArguments.
+        others: Trainer's other arguments, by position.
+        divergence: a callable instead of `args.smart_divergence`, as in :class:`~smart_kernels.SmartConfig`.
+        kwargs: Trainer's other arguments, by name.
+
+    Attributes:
+        smart: the :class:`~smart_kernels.Smart` of the last training; None before. To save the teacher as a model:
+            ``with trainer.smart.teacher.weights(): trainer.save_model(folder)``.
+
+    Raises:
+        TypeError: `args` is of another class.
+        ValueError: a hyper-parameter is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: SmartTrainingArguments | None = None,
+        *others: Any,
+        divergence: Callable[..., Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = SmartTrainingArguments("tmp_trainer") if args is None else args
+        if not isinstance(args, SmartTrainingArguments):
+            raise TypeError(f"args: got {type(args).__name__}, expected SmartTrainingArguments")
+        args.smart_config()
+        self.smart: Smart | None = None
+        self._divergence = divergence
+        self._checkpoint: str | None = None  # that the training goes on from
+        self._ignores_num_items: bool | None = None
+        self._outputs: Any = None
+        super().__init__(model, args, *others, **kwargs)
+        self.add_callback(_Steps(self))
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, as Trainer does.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the last complete one in `output_dir`.
+            args: as in Trainer.
+            kwargs: as in Trainer.
+
+        Raises:
+            ValueError: the checkpoint is not complete, or there is none.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint and (lacking := what_lacks(resume_from_checkpoint)):
+            raise ValueError(f"resume_from_checkpoint: {resume_from_checkpoint} is not complete: {lacking}")
+        self._checkpoint = resume_from_checkpoint or None
+        try:
+            return super().train(self._checkpoint, *args, **kwargs)
+        finally:
+            self._checkpoint = None
+
+    def begin(self) -> None:
+        """Set SMART up for the model as it stands when training begins, or as the checkpoint has it."""
+        args = self.args
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        if args.n_gpu > 1 or self.is_deepspeed_enabled or (parallel and parallel.non_data_parallel_size > 1):
+            raise ValueError(
+                "args: got DataParallel, DeepSpeed or tensor, context or sequence parallelism, expected one device, "
+                "DDP or FSDP2; for several GPUs start with torchrun"
+            )
+        config = args.smart_config()
+        if self._divergence is not None:
+            config = dataclasses.replace(config, divergence=self._divergence)
+        self.smart = Smart(
+            self.model_wrapped, config, self.state.max_steps, embedding=args.smart_embedding, forward=self._forward
+        )
+        if self._checkpoint is not None:
+            load_smart(self.smart, Path(self._checkpoint, SMART_NAME))
+        self._ignores_num_items = None
+        self._sums = torch.zeros(4, device=self.smart.skipped.device)
+        self._steps = 0
+
+    def end_step(self) -> None:
+        """Move the teacher, if the optimiser has made its step."""
+        assert self.smart is not None
+        self._steps += 1
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.smart.update()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The SMART objective in training, Trainer's loss in evaluation; arguments and result are those of Trainer."""
+        if self.smart is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        config, batches = self.smart.config, self.current_gradient_accumulation_steps
+        divides = self._trainer_divides(num_items_in_batch)
+        weight: float | Tensor = 1.0  # of this batch in its step
+        share = None
+        if (config.lambda_s or config.mu) and not divides:
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            if num_items_in_batch is None:
+                weight = 1 / batches
+            elif self._ignored(model, inputs, num_items_in_batch):
+                weight = self._counted(inputs) * processes / num_items_in_batch
+                num_items_in_batch = None
+            else:
+                share = num_items_in_batch / processes
+        self._outputs = None
+        out = self.smart({**inputs, _NUM_ITEMS: num_items_in_batch}, num_items=share)
+        outputs, self._outputs = self._outputs, None
+        self._record(out, weight / batches if divides else weight)
+        loss = weight * out.loss
+        return (loss, outputs) if return_outputs else loss
+
+    def _forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Any]:
+        """A pass of the model, with Trainer's own loss."""
+        inputs = dict(batch)
+        loss, outputs = super().compute_loss(model, inputs, True, inputs.pop(_NUM_ITEMS))
+        if self._outputs is None:  # of the first pass, the clean one
+            self._outputs = outputs
+        if isinstance(outputs, tuple) and "labels" in batch and "labels" not in inputs:
+            outputs = (loss, *outputs)  # Trainer has kept the labels to itself
+        return loss, model_logits(outputs, "start_positions" in batch)
+
+    def _trainer_divides(self, num_items: Tensor | int | None) -> bool:
+        """Whether Trainer divides the loss by the number of batches in a step."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            return self.compute_loss_func is None and not (self.model_accepts_loss_kwargs and num_items is not None)
+        return not scaled
+
+    def _counted(self, inputs: dict[str, Any]) -> Tensor:
+        """How many items of the step this batch has, as Trainer counts them."""
+        labels = inputs["labels"]
+        shifted = getattr(self, "_loss_shifts_labels", False)
+        return (labels[..., 1:] if shifted else labels).ne(IGNORED).sum()  # type: ignore[no-any-return]
+
+    def _ignored(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int) -> bool:
+        """Whether the task loss is the same for any number of items: found once, by trying two."""
+        if self._ignores_num_items is None:
+            states = generator_states(model)
+            model.eval()
+            with torch.no_grad():
+                once = super().compute_loss(model, dict(inputs), num_items_in_batch=num_items)
+                twice = super().compute_loss(model, dict(inputs), num_items_in_batch=2 * num_items)
+            model.train()
+            set_generator_states(states)
+            telling = once.isfinite() & (once != 0)  # not so where nothing in this batch has a label
+            votes = self.accelerator.reduce(torch.stack([telling & (once != twice), telling & (once == twice)]).long())
+            if not votes.any():
+                return False
+            self._ignores_num_items = not votes[0]
+        return self._ignores_num_items
+
+    # ------------------------------------------------------------------------------------------------ logging
+
+    def _record(self, out: SmartOutput, weight: float | Tensor) -> None:
+        """Add a batch's terms to those of the steps since the last log, on the device: nothing waits for it."""
+        assert self.smart is not None
+        terms = weight * torch.stack([out.task_loss, out.smoothness, out.proximal])
+        size = terms.new_zeros(1)
+        if out.perturbation is not None:
+            config, delta = self.smart.config, out.perturbation
+            sizes = torch.linalg.vector_norm(
+                delta if config.scope == "token" else delta.flatten(1), math.inf if config.norm == "linf" else 2, dim=-1
+            )
+            size = sizes.amax().to(terms) / self.current_gradient_accumulation_steps
+        self._sums += torch.cat([terms, size.view(1)])
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, as Trainer does, with the terms of the objective beside the training loss."""
+        if self.smart is not None and "loss" in logs and self._steps:
+            sums = torch.cat([self._sums / (self._steps * self.accelerator.num_processes), self.smart.skipped.view(1)])
+            values = self.accelerator.reduce(sums).tolist()
+            names = "task_loss", "smoothness", "proximal", f"perturbation_{self.smart.config.norm}", "skipped_samples"
+            logs |= dict(zip(names, values, strict=True))
+            self._sums.zero_()
+            self._steps = 0
+        super().log(logs, *args, **kwargs)
+
+    # ------------------------------------------------------------------------------- evaluation and checkpoints
+
+    def evaluate(self, *args: Any, use_teacher: bool = False, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, as Trainer does.
+
+        Args:
+            args: as in Trainer.
+            use_teacher: with the teacher's weights instead of the student's: those that training ended with, also
+                where `load_best_model_at_end` has put an earlier student back.
+            kwargs: as in Trainer.
+
+        Raises:
+            ValueError: there is no teacher.
+        """
+        if not use_teacher:
+            return super().evaluate(*args, **kwargs)  # type: ignore[no-any-return]
+        if self.smart is None or self.smart.teacher is None:
+            raise ValueError("use_teacher: got True, but there is no teacher: train first, with smart_mu > 0")
+        with self.smart.teacher.weights():
+            return super().evaluate(*args, **kwargs)  # type: ignore[no-any-return]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's, with the state of SMART before all else: what Trainer writes last tells that all is there."""
+        assert self.smart is not None
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            Path(folder, TRAINER_STATE_NAME).unlink(missing_ok=True)  # of an older run
+        save_smart(self.smart, folder / SMART_NAME, write=self.args.should_save)
+        super()._save_checkpoint(model, trial)
+
+
+class _Steps(TrainerCallback):  # type: ignore[misc]
+    """Tells a SmartTrainer when training begins and when the optimiser has made a step."""
+
+    def __init__(self, trainer: SmartTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.begin()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.end_step()
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str:
+    """The newest checkpoint of a SmartTrainer that was written to its end.
+
+    Raises:
+        ValueError: there is none.
+    """
+    steps = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(output_dir).glob("*")}
+    found = [(int(step[1]), path) for path, step in steps.items() if step and path.is_dir()]
+    skipped: list[str] = []
+    for _, path in sorted(found, reverse=True):
+        if not (lacking := what_lacks(path)):
+            if skipped:
+                logger.warning("Going on from %s. Not complete: %s", path, "; ".join(skipped))
+            return str(path)
+        skipped.append(f"{path.name} {lacking}")
+    raise ValueError(f"output_dir: {output_dir} has no complete checkpoint" + "".join(f"; {s}" for s in skipped))
+
+
+def what_lacks(checkpoint: str | os.PathLike[str]) -> str | None:
+    """What keeps a checkpoint's folder from being resumed by a SmartTrainer; None if nothing does."""
+    name = TRAINER_STATE_NAME
+    try:
+        json.loads(Path(checkpoint, name).read_text(encoding="utf-8"))
+        name = SMART_NAME
+        with safe_open(Path(checkpoint, name), "pt"):
+            return None
+    except FileNotFoundError:
+        return f"has no {name}"
+    except (ValueError, SafetensorError):
+        return f"has a {name} that was not written to its end"
