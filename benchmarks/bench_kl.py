@@ -4,7 +4,7 @@
 
 Accuracy: logits of a pretrained encoder on real questions, clean against word embeddings that are off by
 epsilon; relative errors against float64 arithmetic on the very same logits. Speed: forward and backward
-with both gradients. Writes a table, JSON and two figures.
+with both gradients, and the gradient of one side alone. Writes a table, JSON and two figures.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from harness import (
     progress_bar,
     speed_figure,
 )
-from smart_kernels import symmetric_kl
+from smart_kernels import symmetric_kl, symmetric_kl_grad
 
 OURS = "smart_kernels"
 SHAPES = ("32x3", "4096x3", "512x128", "4096x1000", "256x30522", "64x131072")
@@ -291,28 +291,44 @@ def draw_errors(axis: Any, figures: dict[str, Any], quantity: str, palette: dict
 # ----------------------------------------------------------------------------------------------------- speed
 
 
+def one_gradient(loss: Loss, a: Tensor, b: Tensor) -> Tensor:
+    """The gradient of one side alone, as an adversary's inner step needs it."""
+    return torch.autograd.grad(loss(a, b), a)[0]
+
+
+def speed_cases(dtypes: Sequence[str]) -> list[tuple[str, bool]]:
+    """Groups of cases: a dtype, and whether both gradients are taken; those of one side in the first dtype alone."""
+    return [*((dtype, True) for dtype in dtypes), (dtypes[0], False)]
+
+
 def measure_speed(report: Report, args: argparse.Namespace, progress: Callable[[str], object]) -> None:
-    """A case per shape and dtype: forward and backward with both gradients."""
-    for dtype_name in args.dtypes:
+    """A case per shape and dtype: forward and backward with both gradients, and the gradient of one side alone."""
+    for dtype_name, both in speed_cases(args.dtypes):
         dtype = DTYPES[dtype_name]
         for rows, classes in args.shapes:
             torch.compiler.reset()  # one shape, one graph: no recompilation with sizes left open
+            peers = [
+                Peer(name, partial(gradients if both else one_gradient, loss))
+                for name, loss in implementations(report, args.device).items()
+            ]
+            if not both:
+                peers[-1] = Peer(OURS, symmetric_kl_grad)
 
-            def inputs(size: tuple[int, int] = (rows, classes), dtype: torch.dtype = dtype) -> tuple[Tensor, ...]:
-                return tuple(torch.randn(size, device=args.device, dtype=dtype, requires_grad=True) for _ in range(2))
+            def inputs(
+                size: tuple[int, int] = (rows, classes), dtype: torch.dtype = dtype, both: bool = both
+            ) -> tuple[Tensor, ...]:
+                a, b = (torch.randn(size, device=args.device, dtype=dtype) for _ in range(2))
+                return a.requires_grad_(), b.requires_grad_(both)
 
             report.add(
                 measure(
                     f"{rows}×{classes}",
-                    [
-                        Peer(name, partial(gradients, loss))
-                        for name, loss in implementations(report, args.device).items()
-                    ],
+                    peers,
                     inputs,
                     baselines=["eager", "torch.compile"],
-                    group=dtype_name,
-                    bytes_moved=4 * rows * classes * dtype.itemsize,  # both logits read, both gradients written
-                    outputs=2,
+                    group=dtype_name if both else f"{dtype_name}, one gradient",
+                    bytes_moved=(4 if both else 3) * rows * classes * dtype.itemsize,  # logits read, gradients written
+                    outputs=2 if both else 1,
                     device=args.device,
                     budget_s=6.0 if args.full else 1.0,
                     min_rounds=15 if args.full else 5,
@@ -357,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     begin, args = time.perf_counter(), arguments(argv)
     report = Report("bench_kl", vars(args), args.device)
     peers = implementations(report, args.device)
-    steps = len(args.shapes) * len(args.dtypes) * measure_steps(peers)
+    steps = len(args.shapes) * len(speed_cases(args.dtypes)) * measure_steps(peers)
     with progress_bar(steps + (0 if args.skip_accuracy else 1 + 2 * len(EPSILONS)), "bench_kl") as progress:
         if not args.skip_accuracy:
             measure_accuracy(report, args.device, progress)
@@ -366,7 +382,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     caption = headline(report.machine)
     plots = {
         "speed": speed_figure(
-            report.cases, OURS, "Symmetric KL, forward and backward: times faster than eager", caption
+            report.cases,
+            OURS,
+            "Symmetric KL with both gradients, and one gradient alone: times faster than eager",
+            caption,
         )
     }
     if not args.skip_accuracy:

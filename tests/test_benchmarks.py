@@ -424,7 +424,7 @@ def test_bench_kl_with_all_it_writes_and_neither_network_nor_compiler(offline, m
     files = sorted(path.name for path in (offline / "made").iterdir())
     assert files == ["bench_kl.json", "bench_kl_error.png", "bench_kl_speed.png"]
     content = json.loads((offline / "made" / "bench_kl.json").read_text())
-    assert [case["bytes_moved"] for case in content["cases"]] == [192, 5120, 96, 2560]
+    assert [case["bytes_moved"] for case in content["cases"]] == [192, 5120, 96, 2560, 144, 3840]
     everyone = {"eager", "smart-pytorch", "mt-dnn", bench_kl.OURS}
     assert all({timing["name"] for timing in case["timings"]} == everyone for case in content["cases"])
     assert len(content["accuracy"]) == 2
