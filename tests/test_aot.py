@@ -13,8 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from gpu_evidence import TARGETS, ahead_of_time
-
+from gpu_code import TARGETS, ahead_of_time
 from smart_kernels.triton_kernels import symmetric_kl
 
 Launch = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -51,10 +50,10 @@ def test_no_spills_and_accesses_as_wide_as_rows_are_aligned(
     target: str, launch: Callable[[int, torch.dtype], Launch], cols: int, dtype: torch.dtype
 ) -> None:
     launcher, arguments = launch(cols, dtype)
-    (evidence,) = ahead_of_time(target, launcher, *arguments)
+    (code,) = ahead_of_time(target, launcher, *arguments)
     width = math.gcd(16, cols * dtype.itemsize)
-    assert evidence.spills == 0
-    assert set(evidence.loads) == {width}
-    assert launch is loss_alone or evidence.stores[width] > 0
+    assert code.spills == 0
+    assert set(code.loads) == {width}
+    assert launch is loss_alone or code.stores[width] > 0
     # Beside the gradients, one store of the rows' losses is left.
-    assert sum(count for bytes_, count in evidence.stores.items() if bytes_ != width) <= 1
+    assert sum(count for bytes_, count in code.stores.items() if bytes_ != width) <= 1

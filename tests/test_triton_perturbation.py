@@ -18,8 +18,9 @@ from oracle import PerturbationStep, wide
 
 pytest.importorskip("triton")
 
-from gpu_evidence import TARGETS, ahead_of_time, executed, ptxrun
+from gpu_evidence import executed, ptxrun
 
+from gpu_code import TARGETS, ahead_of_time
 from smart_kernels import reference
 from smart_kernels.triton_kernels import perturbation as kernels
 
@@ -201,18 +202,18 @@ def test_no_spills_and_wide_accesses(
     mask, skipped = torch.ones(shape[:-1], dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     way = codes((norm, scope, "normalized"))
     found = ahead_of_time(target, kernels.perturbation_step, delta, grad, mask, skipped, STEP, EPSILON, *way)
-    for evidence in found:
-        assert evidence.spills == 0
+    for code in found:
+        assert code.spills == 0
         # What is not 16 bytes wide are numbers of a whole unit and the mask's, one for several elements.
-        assert evidence.loads[16] >= 2
-        assert evidence.loads[1] == evidence.loads[2] == 0
-        if evidence.kernel != "_gather_kernel":
-            assert set(evidence.stores) == {16}
+        assert code.loads[16] >= 2
+        assert code.loads[1] == code.loads[2] == 0
+        if code.kernel != "_gather_kernel":
+            assert set(code.stores) == {16}
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_start_without_spills_and_with_wide_stores(target: str) -> None:
     embeds, mask = torch.empty(32, 128, 768), torch.ones(32, 128, dtype=torch.int64)
-    (evidence,) = ahead_of_time(target, kernels.init_perturbation, embeds, torch.tensor(1), mask, 1e-5)
-    assert evidence.spills == 0
-    assert set(evidence.stores) == {16}
+    (code,) = ahead_of_time(target, kernels.init_perturbation, embeds, torch.tensor(1), mask, 1e-5)
+    assert code.spills == 0
+    assert set(code.stores) == {16}

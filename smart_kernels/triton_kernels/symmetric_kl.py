@@ -38,13 +38,29 @@ def _tanh_half(t):
 
 
 @triton.jit
-def _softmax(x, mass):
-    """The probabilities of classes with logits x + log(mass); the largest x and the sum of each row."""
-    top = tl.max(x, 1)
+def _sums(x, y):
+    """The sums of both over the classes of each row, in one reduction."""
+    return tl.split(tl.sum(tl.join(x, y), 1))
+
+
+@triton.jit
+def _sums_of_three(x, y, z):
+    xy, z = tl.split(tl.sum(tl.join(tl.join(x, y), tl.join(z, tl.zeros_like(z))), 1))
+    x, y = tl.split(xy)
+    return x, y, tl.split(z)[0]
+
+
+@triton.jit
+def _softmaxes(a, mass_a, b, mass_b):
+    """The probabilities of classes with logits a + log(mass_a), so of b; the largest a, b and the sums of each row."""
+    top_a, top_b = tl.split(tl.max(tl.join(a, b), 1))
     # A block of nothing but absent classes has no mass; -inf - -inf and 0 / 0 must not spoil the row that it is in.
-    exp = mass * tl.exp(x - tl.where(top == -float("inf"), 0, top)[:, None])
-    total = tl.sum(exp, 1)
-    return exp * tl.where(total == 0, 0, 1 / total)[:, None], top, total
+    p = mass_a * tl.exp(a - tl.where(top_a == -float("inf"), 0, top_a)[:, None])
+    q = mass_b * tl.exp(b - tl.where(top_b == -float("inf"), 0, top_b)[:, None])
+    sum_a, sum_b = _sums(p, q)
+    p *= tl.where(sum_a == 0, 0, 1 / sum_a)[:, None]
+    q *= tl.where(sum_b == 0, 0, 1 / sum_b)[:, None]
+    return p, top_a, sum_a, q, top_b, sum_b
 
 
 @triton.jit
@@ -60,18 +76,22 @@ def _difference(p, q, d, s):
 def _compare(a, mass_a, b, mass_b, d):
     """Compare two distributions over classes of logits a + log(mass_a) and b + log(mass_b), which differ by d.
 
-    Returns w, x and t of each class; of each row s, the loss, the skew, and the maximum and sum of each softmax.
+    Returns w, x and t of each class, and of each row the error of t: `_settle` takes it out of x. Of each row, too, s,
+    the loss, the skew, and the maximum and sum of each softmax, which are free of it.
     """
-    p, top_a, sum_a = _softmax(a, mass_a)
-    q, top_b, sum_b = _softmax(b, mass_b)
+    p, top_a, sum_a, q, top_b, sum_b = _softmaxes(a, mass_a, b, mass_b)
     s = tl.where(top_a == top_b, 0, top_a - top_b) + tl.where(sum_a == sum_b, 0, tl.log(sum_a / sum_b))
     w, x, t = _difference(p, q, d, s)
-    # s is good to 1e-7 only, which is much where all t are 1e-6; but its error is what Σ x shows, as Σ p = Σ q.
-    error = tl.sum(x, 1)
-    t -= error[:, None]
-    x -= (0.5 * error)[:, None] * w
-    # x and t have one sign. That |x t| is no fused multiply-add gives all lanes that add up a row the same bits.
-    return w, x, t, s + error, tl.sum(tl.abs(x * t), 1), tl.sum(w * t, 1), top_a, sum_a, top_b, sum_b
+    # s is good to 1e-7 only, which is much where all t are 1e-6; but its error is what Σ x shows, as Σ p = Σ q. With
+    # t - error and x - error w / 2 in their places the sums are these. |x t|, as x and t have one sign, is no fused
+    # multiply-add, which gives all lanes that add up a row the same bits.
+    error, loss, skew = _sums_of_three(x, tl.abs(x * t), w * t)
+    return w, x, t, error, s + error, loss - 0.5 * error * skew, skew - 2 * error, top_a, sum_a, top_b, sum_b
+
+
+@triton.jit
+def _settle(w, x, error):
+    return x - (0.5 * error)[:, None] * w
 
 
 @triton.jit
@@ -82,21 +102,21 @@ def _log_ratio(a, b):
 
 
 @triton.jit
-def _load(ptr, offsets, mask, COMPUTE: tl.constexpr):
-    return tl.load(ptr + offsets, mask=mask, other=-float("inf")).to(COMPUTE)
+def _load(ptr, offsets, mask, other, COMPUTE: tl.constexpr):
+    return tl.load(ptr + offsets, mask=mask, other=other).to(COMPUTE)
 
 
 @triton.jit
-def _store_gradients(grad_a_ptr, grad_b_ptr, offsets, mask, w, x, t, kl_pq, kl_qp, scale, skip, DETACH: tl.constexpr):
+def _store_gradients(grad_a_ptr, grad_b_ptr, offsets, mask, w, x, t, kl_pq, kl_qp, scale, DETACH: tl.constexpr):
     half, grad_a = (0.5 * scale)[:, None], scale[:, None] * x
     grad_b = -grad_a
     if not DETACH:
-        grad_a += half * (w + x) * (t - kl_pq[:, None])
-        grad_b -= half * (w - x) * (t + kl_qp[:, None])
+        grad_a += (w + x) * (half * t - half * kl_pq[:, None])
+        grad_b -= (w - x) * (half * t + half * kl_qp[:, None])
     if grad_a_ptr is not None:
-        tl.store(grad_a_ptr + offsets, tl.where(skip[:, None], 0, grad_a).to(grad_a_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_a_ptr + offsets, grad_a.to(grad_a_ptr.dtype.element_ty), mask=mask)
     if grad_b_ptr is not None:
-        tl.store(grad_b_ptr + offsets, tl.where(skip[:, None], 0, grad_b).to(grad_b_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_b_ptr + offsets, grad_b.to(grad_b_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_rows", "count", "a_outer_stride", "b_outer_stride"])
@@ -139,27 +159,34 @@ def _symmetric_kl_kernel(
     b_tile = b_rows + cols.to(tl.int64) * b_col_stride
 
     zero = tl.zeros((BLOCK_M,), COMPUTE)
+    read, padding, weight, skip = live, -float("inf"), zero + 1, live & False
+    if weight_ptr is not None:
+        # A row of weight 0 is not read: it is one of zeros, whose loss and gradients are 0.
+        weight = tl.load(weight_ptr + rows * weight_stride, mask=live, other=0).to(COMPUTE)
+        skip = weight == 0
+        read, padding = live & ~skip, tl.where(skip, zero, -float("inf"))[:, None]
     mask = live[:, None] & (cols < N_COLS)
     if N_COLS <= BLOCK_N:
-        a = _load(a_tile, 0, mask, COMPUTE)
-        b = _load(b_tile, 0, mask, COMPUTE)
-        w, x, t, s, loss, skew, top_a, sum_a, top_b, sum_b = _compare(a, 1.0, b, 1.0, _log_ratio(a, b))
+        a = _load(a_tile, 0, read[:, None] & mask, padding, COMPUTE)
+        b = _load(b_tile, 0, read[:, None] & mask, padding, COMPUTE)
+        w, x, t, error, s, loss, skew, top_a, sum_a, top_b, sum_b = _compare(a, 1.0, b, 1.0, _log_ratio(a, b))
     else:
         s, loss, skew, sum_a, sum_b = zero, zero, zero, zero, zero
         top_a, top_b = zero - float("inf"), zero - float("inf")
         for start in range(0, N_COLS, BLOCK_N):
-            mask = live[:, None] & (cols < N_COLS - start)
-            a = _load(a_tile, tl.cast(start, tl.int64) * a_col_stride, mask, COMPUTE)
-            b = _load(b_tile, tl.cast(start, tl.int64) * b_col_stride, mask, COMPUTE)
-            _, _, _, s_, loss_, skew_, top_a_, sum_a_, top_b_, sum_b_ = _compare(a, 1.0, b, 1.0, _log_ratio(a, b))
+            mask = read[:, None] & (cols < N_COLS - start)
+            a = _load(a_tile, tl.cast(start, tl.int64) * a_col_stride, mask, padding, COMPUTE)
+            b = _load(b_tile, tl.cast(start, tl.int64) * b_col_stride, mask, padding, COMPUTE)
+            _, _, _, _, s_, loss_, skew_, top_a_, sum_a_, top_b_, sum_b_ = _compare(a, 1.0, b, 1.0, _log_ratio(a, b))
             losses, skews = tl.join(loss, loss_), tl.join(skew, skew_)
-            w, x, _, s, loss, skew, top_a, sum_a, top_b, sum_b = _compare(
+            w, x, _, error, s, loss, skew, top_a, sum_a, top_b, sum_b = _compare(
                 tl.join(top_a, top_a_),
                 tl.join(sum_a, sum_a_),
                 tl.join(top_b, top_b_),
                 tl.join(sum_b, sum_b_),
                 tl.join(s, s_),
             )
+            x = _settle(w, x, error)
             # KL(p||q) is that of the two parts plus the mean, weighted by p, of that within each; so is KL(q||p).
             loss += 0.5 * tl.sum(w * losses + x * skews, 1)
             skew += 0.5 * tl.sum(w * skews + x * losses, 1)
@@ -172,33 +199,30 @@ def _symmetric_kl_kernel(
     scale = (zero + 1) / count
     if total_ptr is not None:
         scale /= tl.load(total_ptr)
-    weight = zero + 1
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + rows * weight_stride, mask=live, other=0)
-    skip = weight == 0
     if loss_ptr is not None:
-        # 0 * scale is NaN where the weights of all rows are 0: there is no mean.
-        tl.store(loss_ptr + rows, tl.where(skip, 0 * scale, weight * scale * loss), mask=live)
+        # NaN where the weights of all rows are 0: there is no mean.
+        tl.store(loss_ptr + rows, weight * scale * loss, mask=live)
 
     if grad_a_ptr is not None or grad_b_ptr is not None:
         scale = tl.where(finite, weight * scale, float("nan"))
         if upstream_ptr is not None:
             scale *= tl.load(upstream_ptr + rows * upstream_stride, mask=live, other=0)
+        scale = tl.where(skip, 0, scale)
         kl_pq, kl_qp = 0.5 * (loss + skew), 0.5 * (loss - skew)
         out_tile = (rows * N_COLS)[:, None] + cols
         if N_COLS <= BLOCK_N:
-            _store_gradients(grad_a_ptr, grad_b_ptr, out_tile, mask, w, x, t, kl_pq, kl_qp, scale, skip, DETACH)
+            # t - error, too, but for the sums
+            x, kl_pq, kl_qp = _settle(w, x, error), kl_pq + error, kl_qp - error
+            _store_gradients(grad_a_ptr, grad_b_ptr, out_tile, mask, w, x, t, kl_pq, kl_qp, scale, DETACH)
         else:
             for start in range(0, N_COLS, BLOCK_N):
                 mask = live[:, None] & (cols < N_COLS - start)
-                a = _load(a_tile, tl.cast(start, tl.int64) * a_col_stride, mask, COMPUTE)
-                b = _load(b_tile, tl.cast(start, tl.int64) * b_col_stride, mask, COMPUTE)
+                a = _load(a_tile, tl.cast(start, tl.int64) * a_col_stride, read[:, None] & mask, 0, COMPUTE)
+                b = _load(b_tile, tl.cast(start, tl.int64) * b_col_stride, read[:, None] & mask, 0, COMPUTE)
                 p = tl.exp(a - top_a[:, None]) * (1 / sum_a)[:, None]
                 q = tl.exp(b - top_b[:, None]) * (1 / sum_b)[:, None]
                 w, x, t = _difference(p, q, _log_ratio(a, b), s)
-                _store_gradients(
-                    grad_a_ptr, grad_b_ptr, out_tile + start, mask, w, x, t, kl_pq, kl_qp, scale, skip, DETACH
-                )
+                _store_gradients(grad_a_ptr, grad_b_ptr, out_tile + start, mask, w, x, t, kl_pq, kl_qp, scale, DETACH)
 
 
 def _tile(n_cols: int, dtype: torch.dtype) -> tuple[int, int, int]:
