@@ -17,9 +17,10 @@ How each is found:
 - instructions an element: counted in the disassembly. A loop's body counts as often as the launch makes it go round,
   all else once, as if every branch were taken. "special": exponentials, logarithms, reciprocals, conversions to and
   from fp64; "FMA": fp32 multiply and add in any form, a packed one twice; "all": whatever is issued.
-- arithmetic: the time of the busiest of a multiprocessor's pipes, each at its published rate, for the programs that
-  the fullest multiprocessor gets. memory: bytes from memory at peak bandwidth. The larger is the bound; where both
-  take less than a launch, about 2 µs, the launch is.
+- memory: bytes from memory at peak bandwidth. arithmetic: the longer of the times that the pipes for special functions
+  and for FMA (or for fp64) are busy, at published rates, on the multiprocessor that gets most programs. issue: the same
+  for all others: integers, exchange between threads, and the issue of any instruction at all, one a clock and quarter
+  of a multiprocessor. The longest is the bound; where all are shorter than a launch, about 2 µs, the launch is.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ CARDS = {
     "sm_100": _nvidia("B200", 8.0e12, 126 << 20, 148, 1.965e9, 228, fma=128, fp64=64),
     "gfx942": Card(
         "MI300X", 5.3e12, 256 << 20, 304, 2.1e9, 512 * 64, 8, 64 << 10, 0, 64, 32, 32,
-        {"special": 16, "vector": 64, "exchange": 32},
+        {"special": 16, "fma": 128, "vector": 64, "exchange": 32},
     ),
 }  # fmt: skip
 
@@ -291,15 +292,13 @@ class Row:
     instructions: float
     memory_s: float
     arithmetic_s: float
-    busiest: str
-    """The pipe that the arithmetic takes longest in."""
+    issue_s: float
 
     @property
     def bound(self) -> str:
-        """What takes longest: "memory", "arithmetic" or "launch"."""
-        if max(self.memory_s, self.arithmetic_s) < LAUNCH_S:
-            return "launch"
-        return "memory" if self.memory_s >= self.arithmetic_s else "arithmetic"
+        """What takes longest: "memory", "arithmetic", "issue" or "launch"."""
+        times = {"memory": self.memory_s, "arithmetic": self.arithmetic_s, "issue": self.issue_s, "launch": LAUNCH_S}
+        return max(times, key=times.__getitem__)
 
 
 def geometry(code: Code) -> tuple[int, int]:
@@ -346,7 +345,7 @@ def predict(work: Work, target: str) -> list[Row]:
             pipe: found.get(pipe, 0) * code.threads * -(-code.programs // card.multiprocessors) / rate / card.clock
             for pipe, rate in card.rates.items()
         }
-        busiest = max(times, key=times.__getitem__)
+        arithmetic = max(times.pop(pipe) for pipe in ("special", "fma", "fp64") if pipe in times)
         widths = [[width for width, _ in found.most_common()] for found in (code.loads, code.stores)]
         rows.append(
             Row(
@@ -354,7 +353,7 @@ def predict(work: Work, target: str) -> list[Row]:
                 code.shared, code.threads, code.programs, at_once, at_once * code.threads / card.warp / card.warps,
                 *widths, work.read + work.written, asked, from_memory,
                 found.get("special", 0) * each, found.get("fma", 0) * each, found["issue"] * each,
-                work.elements * from_memory / card.bandwidth, times[busiest], busiest,
+                work.elements * from_memory / card.bandwidth, arithmetic, max(times.values()),
             )
         )  # fmt: skip
     return rows
@@ -371,7 +370,7 @@ def bytes_of(code: Code, executed: Counter[str], accesses: str) -> int:
 
 COLUMNS = [
     "call", "kernel", "registers", "spills", "shared", "threads", "occupancy", "load B", "store B", "min B", "asked ×",
-    "memory ×", "special", "FMA", "all", "memory", "arithmetic", "bound",
+    "memory ×", "special", "FMA", "all", "memory", "arithmetic", "issue", "bound",
 ]  # fmt: skip
 
 
@@ -389,7 +388,7 @@ def table(rows: Sequence[Row]) -> str:
                 ),
                 str(row.minimum), f"{row.asked / row.minimum:.2f}", f"{row.from_memory / row.minimum:.2f}",
                 *(three_digits(x) for x in (row.special, row.fma, row.instructions)),
-                seconds_text(row.memory_s), seconds_text(row.arithmetic_s), row.bound,
+                *(seconds_text(s) for s in (row.memory_s, row.arithmetic_s, row.issue_s)), row.bound,
             ]
         )  # fmt: skip
     return f"{rows[0].card} ({rows[0].target}): times are predicted, none is measured\n{format_table(COLUMNS, lines)}"

@@ -20,6 +20,7 @@ from gpu_evidence import executed, ptxrun
 
 from smart_kernels import reference
 from smart_kernels.triton_kernels import symmetric_kl as launchers
+from smart_kernels.triton_kernels import tiles
 
 NONE, SUM, MEAN, BATCHMEAN = range(4)
 CHECKED = {"racecheck": True, "approx_ulp": 2}
@@ -136,7 +137,8 @@ def test_weights_upstream_and_special_rows(tool: ModuleType, cols: int) -> None:
 def test_offsets_beyond_32_bits(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, cols: int, strides: tuple[int, int], block: int
 ) -> None:
-    monkeypatch.setattr(launchers, "_tile", lambda cols, dtype: (1, block, 1))
+    for kernel in ("symmetric_kl", "symmetric_kl, odd"):
+        monkeypatch.setitem(tiles.TILES, kernel, {math.inf: tiles.Tile(1, block, 1)})
     a, b = (x[:2] for x in logits(cols, torch.float16))
     memory = torch.from_numpy(np.empty(2**31 + 2**26, np.float16))  # of which hardly a page is touched
     check(tool, memory.as_strided(a.shape, strides).copy_(a), b, racecheck=False)

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from smart_kernels import reference
+from smart_kernels.triton_kernels import tiles
 
 _NORMALIZED, _SIGN, _RAW = (tl.constexpr(i) for i in range(3))
 _LONGEST_STEP = tl.constexpr(1e28)
@@ -347,18 +348,15 @@ def _step(
     how = {"N_COLS": n_cols, "ALIGN": math.gcd(16, n_cols), "ONE_ROW": unit_rows == 1, "STRIDED": strided}
     how |= {"L2": l2, "ASCENT": ascent, "enable_fp_fusion": True}
     numbers = _bits(step_size), _bits(epsilon if l2 else reference.floor_to(epsilon, delta.dtype))
-    # 16 elements of each tensor for a thread; 32 in the longest units that are read once
-    limit = 8192 if delta.dtype == torch.float64 else 16384
+    tile = tiles.choose("perturbation_step, fp64" if delta.dtype == torch.float64 else "perturbation_step", size)
     with torch.cuda.device_of(delta):
-        if size <= limit:
-            block = max(16, triton.next_power_of_2(size))
-            units = max(1, 2048 // block)
-            _step_kernel[(triton.cdiv(n_units, units),)](
+        if size <= tile.columns:
+            _step_kernel[(triton.cdiv(n_units, tile.rows),)](
                 delta, grad, out, mask, skipped, *numbers, n_units, unit_rows, sample_rows, *strides,
-                **how, UNITS=units, BLOCK=block, num_warps=min(16, max(4, block // 512)),
+                **how, UNITS=tile.rows, BLOCK=tile.columns, num_warps=tile.warps,
             )  # fmt: skip
             return
-        block = 4096
+        block = tile.columns
         n_tiles = triton.cdiv(triton.cdiv(size, block), 256)  # so that adding up the splits costs little
         n_splits = triton.cdiv(size, n_tiles * block)
         grid = (n_units * n_splits,)
@@ -366,11 +364,11 @@ def _step(
         sums = delta.new_empty((3, *grid), dtype=torch.float64) if l2 else None
         _gather_kernel[grid](
             delta, grad, mask, tops, sums, n_splits, n_tiles, unit_rows, sample_rows, *strides,
-            **how, BLOCK=block, num_warps=8,
+            **how, BLOCK=block, num_warps=tile.warps,
         )  # fmt: skip
         _apply_kernel[grid](
             delta, grad, out, mask, skipped, tops, sums, *numbers, n_splits, n_tiles, unit_rows, sample_rows, *strides,
-            **how, SPLITS=triton.next_power_of_2(n_splits), BLOCK=block, num_warps=8,
+            **how, SPLITS=triton.next_power_of_2(n_splits), BLOCK=block, num_warps=tile.warps,
         )  # fmt: skip
 
 
@@ -457,17 +455,17 @@ def init_perturbation(embeds: Tensor, seed: Tensor, mask: Tensor | None, std: fl
     """The op `smart_kernels::init_perturbation` on a GPU."""
     out = torch.empty(embeds.shape, dtype=reference.compute_dtype(embeds), device=embeds.device)
     if out.numel():
-        block = 1024
+        tile = tiles.choose("init_perturbation", out.numel())
         with torch.cuda.device_of(out):
-            _init_kernel[(triton.cdiv(out.numel(), 4 * block),)](
+            _init_kernel[(triton.cdiv(out.numel(), 4 * tile.columns),)](
                 out,
                 seed,
                 mask,
                 _bits(std),
                 out.numel(),
                 N_COLS=out.size(-1),
-                BLOCK=block,
-                num_warps=4,
+                BLOCK=tile.columns,
+                num_warps=tile.warps,
                 enable_fp_fusion=True,
             )
     return out

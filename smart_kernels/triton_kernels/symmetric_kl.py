@@ -23,8 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from smart_kernels import reference
+from smart_kernels.triton_kernels import tiles
 
 _SMALL = tl.constexpr(reference.SMALL)
+_LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -35,6 +37,20 @@ def _tanh_half(t):
         u *= 0.25
         return 0.5 * t / (1 + u / (3 + u / (5 + u / (7 + u / (9 + u / 11)))))
     return t * (0.5 + u * (-0.04166655011 + u * (0.004163823945 - u * 0.0004017970926)))
+
+
+@triton.jit
+def _exp(x):
+    """exp(x); below 2^-126 it is 0 in fp32, where a GPU's own instruction saves the four that scale."""
+    return tl.exp(x) if x.dtype == tl.float64 else tl.exp2(x * _LOG2_E)
+
+
+@triton.jit
+def _twice_normalised(x, top, total):
+    """2 exp(x - top) / total, in fp32 with the factor in the exponent."""
+    if x.dtype == tl.float64:
+        return tl.exp(x - top[:, None]) * (2 / total)[:, None]
+    return tl.exp2((x - top[:, None]) * _LOG2_E + (1 - tl.log2(total))[:, None])
 
 
 @triton.jit
@@ -55,8 +71,8 @@ def _softmaxes(a, mass_a, b, mass_b):
     """The probabilities of classes with logits a + log(mass_a), so of b; the largest a, b and the sums of each row."""
     top_a, top_b = tl.split(tl.max(tl.join(a, b), 1))
     # A block of nothing but absent classes has no mass; -inf - -inf and 0 / 0 must not spoil the row that it is in.
-    p = mass_a * tl.exp(a - tl.where(top_a == -float("inf"), 0, top_a)[:, None])
-    q = mass_b * tl.exp(b - tl.where(top_b == -float("inf"), 0, top_b)[:, None])
+    p = mass_a * _exp(a - tl.where(top_a == -float("inf"), 0, top_a)[:, None])
+    q = mass_b * _exp(b - tl.where(top_b == -float("inf"), 0, top_b)[:, None])
     sum_a, sum_b = _sums(p, q)
     p *= tl.where(sum_a == 0, 0, 1 / sum_a)[:, None]
     q *= tl.where(sum_b == 0, 0, 1 / sum_b)[:, None]
@@ -95,6 +111,23 @@ def _settle(w, x, error):
 
 
 @triton.jit
+def _merge(s, loss, skew, top_a, sum_a, top_b, sum_b):
+    """What `_compare` has found of parts of each row, as if the parts were classes: the same of the whole row."""
+    w, x, _, error, s, loss_, skew_, top_a, sum_a, top_b, sum_b = _compare(top_a, sum_a, top_b, sum_b, s)
+    x = _settle(w, x, error)
+    # KL(p||q) is that of the parts plus the mean, weighted by p, of that within each; so is KL(q||p).
+    loss, skew = _sums(w * loss + x * skew, w * skew + x * loss)
+    return s, loss_ + 0.5 * loss, skew_ + 0.5 * skew, top_a, sum_a, top_b, sum_b
+
+
+@triton.jit
+def _grouped(x, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
+    """A block of a row as GROUPS rows: of each VECTOR classes that lie together, the next are the next group's."""
+    x = tl.reshape(x, (x.numel // (GROUPS * VECTOR), GROUPS, VECTOR))
+    return tl.reshape(tl.permute(x, (1, 0, 2)), (GROUPS, x.numel // GROUPS))
+
+
+@triton.jit
 def _log_ratio(a, b):
     """The difference a - b, and 0 for a class that is absent, -inf in both."""
     d = a - b  # a row that holds a NaN gets it back from its sums
@@ -107,12 +140,15 @@ def _load(ptr, offsets, mask, other, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _store_gradients(grad_a_ptr, grad_b_ptr, offsets, mask, w, x, t, kl_pq, kl_qp, scale, DETACH: tl.constexpr):
-    half, grad_a = (0.5 * scale)[:, None], scale[:, None] * x
+def _store_gradients(
+    grad_a_ptr, grad_b_ptr, offsets, mask, p2, q2, x, t, kl_pq, kl_qp, scale, half, DETACH: tl.constexpr
+):
+    """Stores the gradients: of 2 p, 2 q and t times `half`, and of x times `scale`."""
+    half, grad_a = half[:, None], scale[:, None] * x
     grad_b = -grad_a
     if not DETACH:
-        grad_a += (w + x) * (half * t - half * kl_pq[:, None])
-        grad_b -= (w - x) * (half * t + half * kl_qp[:, None])
+        grad_a += p2 * (half * t - half * kl_pq[:, None])
+        grad_b -= q2 * (half * t + half * kl_qp[:, None])
     if grad_a_ptr is not None:
         tl.store(grad_a_ptr + offsets, grad_a.to(grad_a_ptr.dtype.element_ty), mask=mask)
     if grad_b_ptr is not None:
@@ -146,6 +182,8 @@ def _symmetric_kl_kernel(
     COMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    GROUPS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """BLOCK_M rows per program: their losses and gradients, as far as there are tensors for them."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -171,25 +209,29 @@ def _symmetric_kl_kernel(
         b = _load(b_tile, 0, read[:, None] & mask, padding, COMPUTE)
         w, x, t, error, s, loss, skew, top_a, sum_a, top_b, sum_b = _compare(a, 1.0, b, 1.0, _log_ratio(a, b))
     else:
-        s, loss, skew, sum_a, sum_b = zero, zero, zero, zero, zero
-        top_a, top_b = zero - float("inf"), zero - float("inf")
+        # Of each block, every thread adds up what it has read itself: a group of classes. The threads' groups are
+        # compared as if they were classes, once and at the end.
+        group = tl.zeros((GROUPS,), COMPUTE)
+        s, loss, skew, sum_a, sum_b = group, group, group, group, group
+        top_a, top_b = group - float("inf"), group - float("inf")
         for start in range(0, N_COLS, BLOCK_N):
             mask = read[:, None] & (cols < N_COLS - start)
             a = _load(a_tile, tl.cast(start, tl.int64) * a_col_stride, mask, padding, COMPUTE)
             b = _load(b_tile, tl.cast(start, tl.int64) * b_col_stride, mask, padding, COMPUTE)
+            a, b = _grouped(a, GROUPS, VECTOR), _grouped(b, GROUPS, VECTOR)
             _, _, _, _, s_, loss_, skew_, top_a_, sum_a_, top_b_, sum_b_ = _compare(a, 1.0, b, 1.0, _log_ratio(a, b))
-            losses, skews = tl.join(loss, loss_), tl.join(skew, skew_)
-            w, x, _, error, s, loss, skew, top_a, sum_a, top_b, sum_b = _compare(
+            s, loss, skew, top_a, sum_a, top_b, sum_b = _merge(
+                tl.join(s, s_),
+                tl.join(loss, loss_),
+                tl.join(skew, skew_),
                 tl.join(top_a, top_a_),
                 tl.join(sum_a, sum_a_),
                 tl.join(top_b, top_b_),
                 tl.join(sum_b, sum_b_),
-                tl.join(s, s_),
             )
-            x = _settle(w, x, error)
-            # KL(p||q) is that of the two parts plus the mean, weighted by p, of that within each; so is KL(q||p).
-            loss += 0.5 * tl.sum(w * losses + x * skews, 1)
-            skew += 0.5 * tl.sum(w * skews + x * losses, 1)
+        s, loss, skew, top_a, sum_a, top_b, sum_b = _merge(
+            s[None, :], loss[None, :], skew[None, :], top_a[None, :], sum_a[None, :], top_b[None, :], sum_b[None, :]
+        )
 
     # Sums are no positive numbers in a row with a NaN or +inf, or of nothing but -inf. Where they are, but the loss is
     # no number, a class is masked in one tensor alone: 0 * inf, or inf - inf.
@@ -208,35 +250,24 @@ def _symmetric_kl_kernel(
         if upstream_ptr is not None:
             scale *= tl.load(upstream_ptr + rows * upstream_stride, mask=live, other=0)
         scale = tl.where(skip, 0, scale)
-        kl_pq, kl_qp = 0.5 * (loss + skew), 0.5 * (loss - skew)
+        half, kl_pq, kl_qp = 0.5 * scale, 0.5 * (loss + skew), 0.5 * (loss - skew)
         out_tile = (rows * N_COLS)[:, None] + cols
         if N_COLS <= BLOCK_N:
-            # t - error, too, but for the sums
-            x, kl_pq, kl_qp = _settle(w, x, error), kl_pq + error, kl_qp - error
-            _store_gradients(grad_a_ptr, grad_b_ptr, out_tile, mask, w, x, t, kl_pq, kl_qp, scale, DETACH)
+            # t - error, too, but for the sums; p and q as they are, lest one that is small err by a share of the other
+            p2, q2, x = w + x, w - x, _settle(w, x, error)
+            kl_pq, kl_qp = kl_pq + error, kl_qp - error
+            _store_gradients(grad_a_ptr, grad_b_ptr, out_tile, mask, p2, q2, x, t, kl_pq, kl_qp, scale, half, DETACH)
         else:
             for start in range(0, N_COLS, BLOCK_N):
                 mask = live[:, None] & (cols < N_COLS - start)
                 a = _load(a_tile, tl.cast(start, tl.int64) * a_col_stride, read[:, None] & mask, 0, COMPUTE)
                 b = _load(b_tile, tl.cast(start, tl.int64) * b_col_stride, read[:, None] & mask, 0, COMPUTE)
-                p = tl.exp(a - top_a[:, None]) * (1 / sum_a)[:, None]
-                q = tl.exp(b - top_b[:, None]) * (1 / sum_b)[:, None]
-                w, x, t = _difference(p, q, _log_ratio(a, b), s)
-                _store_gradients(grad_a_ptr, grad_b_ptr, out_tile + start, mask, w, x, t, kl_pq, kl_qp, scale, DETACH)
-
-
-def _tile(n_cols: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and its warps: all launches are tuned here.
-
-    A thread holds three numbers for each of its elements from the first reduction to the last store. 32 elements in
-    fp32 leave room for two programs of 8 warps on a multiprocessor; rows up to there stay in registers. A longer row
-    goes by in blocks of half that size, so that the accumulated state fits in as well.
-    """
-    limit = 4096 if dtype == torch.float64 else 8192
-    block_n = triton.next_power_of_2(n_cols)
-    if block_n > limit:
-        return 1, limit // 2, 8
-    return max(1, min(32, limit // 16 // block_n)), block_n, max(1, 8 * block_n // limit)
+                p2 = _twice_normalised(a, top_a, sum_a)
+                q2 = _twice_normalised(b, top_b, sum_b)
+                _, x2, t = _difference(p2, q2, _log_ratio(a, b), s)
+                _store_gradients(
+                    grad_a_ptr, grad_b_ptr, out_tile + start, mask, p2, q2, x2, t, kl_pq, kl_qp, half, half, DETACH
+                )
 
 
 def _layout(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, list[list[int]]]:
@@ -285,9 +316,11 @@ def _launch(
     upstream = None if grad_output is None else grad_output.reshape(-1)
     input, target, (outer, inner) = _layout(input, target)
     align = math.gcd(16, *outer[1:], *inner[1:])
-    block_m, block_n, num_warps = _tile(n_cols, input.dtype)
+    kind = ", fp64" if input.dtype == torch.float64 else ", odd" if align == 1 else ""
+    tile = tiles.choose(f"symmetric_kl{kind}", n_cols)
+    groups = 32 * tile.warps
     with torch.cuda.device_of(input):
-        _symmetric_kl_kernel[(triton.cdiv(n_rows, block_m),)](
+        _symmetric_kl_kernel[(triton.cdiv(n_rows, tile.rows),)](
             input,
             target,
             weight,
@@ -311,9 +344,11 @@ def _launch(
             ALIGN=align,
             DETACH=detach_targets,
             COMPUTE=tl.float64 if input.dtype == torch.float64 else tl.float32,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            num_warps=num_warps,
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.columns,
+            GROUPS=groups,
+            VECTOR=min(align, 16 // input.itemsize, max(1, tile.columns // groups)),
+            num_warps=tile.warps,
             enable_fp_fusion=True,
         )
     return grads

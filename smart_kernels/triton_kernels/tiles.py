@@ -1,0 +1,66 @@
+"""The tiles and warps of the Triton kernels: every launch is tuned here, and nowhere else.
+
+The figures come from compiled code (`benchmarks/gpu_report.py`): no spills, and a multiprocessor as full as the
+registers allow. A launcher looks up its tile at each call, so a search on a real card can replace an entry of `TILES`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """What one program does at a time, with how many warps; no more than 16, as a GPU's may have 64 lanes."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+_POWERS = [2**k for k in range(4, 11)]
+
+# A thread holds three numbers for each of its elements from the first reduction to the last store. Rows of up to 1024
+# classes take one warp, which has no barriers; longer ones leave each thread 16 elements. Beyond 8192 a row goes by in
+# blocks. From 24577 on these are so large that one program fills a multiprocessor: then the rows at work stay in L2,
+# where they are read for a second time. Rows that are not even aligned to two elements need registers for addresses.
+_SYMMETRIC_KL = {
+    **{columns: Tile(min(32, max(1, 512 // columns)), columns, 1) for columns in (4, 8, *_POWERS)},
+    2048: Tile(1, 2048, 4),
+    4096: Tile(1, 4096, 8),
+    8192: Tile(1, 8192, 16),
+    24576: Tile(1, 4096, 8),
+    math.inf: Tile(1, 8192, 16),
+}
+_SYMMETRIC_KL_FP64 = {
+    **{columns: Tile(min(32, max(1, 256 // columns)), columns, 1) for columns in (4, 8, *_POWERS[:-1])},
+    1024: Tile(1, 1024, 2),
+    2048: Tile(1, 2048, 4),
+    4096: Tile(1, 4096, 8),
+    math.inf: Tile(1, 2048, 8),
+}
+# 16 elements of each tensor for a thread; 32 in the longest units that are read once, and as many short units in a
+# program as make 2048 elements. The longest are cut into splits of the blocks that stand last.
+_PERTURBATION_STEP = {
+    **{columns: Tile(max(1, 2048 // columns), columns, 4) for columns in (*_POWERS, 2048)},
+    4096: Tile(1, 4096, 8),
+    8192: Tile(1, 8192, 16),
+    16384: Tile(1, 16384, 16),
+    math.inf: Tile(1, 4096, 8),
+}
+_PERTURBATION_STEP_FP64 = {length: tile for length, tile in _PERTURBATION_STEP.items() if length != 16384}
+
+TILES: dict[str, dict[float, Tile]] = {
+    "symmetric_kl": _SYMMETRIC_KL,
+    "symmetric_kl, odd": _SYMMETRIC_KL | {math.inf: Tile(1, 4096, 8)},
+    "symmetric_kl, fp64": _SYMMETRIC_KL_FP64,
+    "perturbation_step": _PERTURBATION_STEP,
+    "perturbation_step, fp64": _PERTURBATION_STEP_FP64,
+    "init_perturbation": {math.inf: Tile(1, 1024, 4)},
+}
+"""By kernel and the length of a row or unit, ascending: the first entry that is long enough counts."""
+
+
+def choose(kernel: str, length: int) -> Tile:
+    """The tile for rows or units of so many elements."""
+    return next(tile for longest, tile in TILES[kernel].items() if length <= longest)
