@@ -51,6 +51,8 @@ class Code:
     """Bytes of local (NVIDIA) or scratch (AMD) memory of a thread, plus registers spilled into others."""
     shared: int
     """Bytes of shared memory of a program."""
+    scratch: int
+    """Bytes of global memory that a launch would have to allocate for a program."""
     threads: int
     """Threads of a program."""
     opcodes: Counter[str]
@@ -78,19 +80,24 @@ class Code:
         Args:
             rounds: how often a program goes round each loop of the source.
             bytes_a_round: what a program reads in a round; by that is found how many rounds the compiler has
-                unrolled into one.
+                unrolled into one. A loop that reads nothing is none of the source's: it waits, or adds to memory.
 
         Raises:
-            ValueError: a loop reads no global memory, so how often it is gone round is not known.
+            ValueError: none of the loops is one of the source's.
         """
+        if rounds == 1:
+            return self.opcodes
         counts = Counter(self.opcodes)
+        reading = 0
         for body in self.loops:
             read = sum(width * n for width, n in accesses(body, _NVIDIA_LOAD, _AMD_LOAD).items()) * self.threads
-            if not (read and bytes_a_round):
-                raise ValueError(f"{self.kernel} for {self.target}: how often a loop goes round is not known")
-            times = -(-rounds // max(1, round(read / bytes_a_round)))
-            for opcode, n in body.items():
-                counts[opcode] += (times - 1) * n
+            if read:
+                reading += 1
+                times = -(-rounds // max(1, read // bytes_a_round))
+                for opcode, n in body.items():
+                    counts[opcode] += (times - 1) * n
+        if not reading:
+            raise ValueError(f"{self.kernel} for {self.target}: no loop reads global memory, but {rounds} rounds do")
         return counts
 
 
@@ -123,9 +130,10 @@ def ahead_of_time(target: str, launcher: Callable[..., Any], *args: Any) -> list
         constants = dict(zip(self.arg_names, args, strict=False)) | kwargs
         read = _read_amd if target.startswith("gfx") else _read_nvidia
         registers, spills, opcodes, loops = read(kernel.asm)
-        size = (kernel.metadata.shared, kernel.metadata.num_warps * TARGETS[target].warp_size)
-        name = kernel.metadata.name
-        found.append(Code(name, target, registers, spills, *size, opcodes, loops, grid[0], constants))
+        known = kernel.metadata
+        scratch = known.global_scratch_size + known.profile_scratch_size
+        size = (known.shared, scratch, known.num_warps * TARGETS[target].warp_size)
+        found.append(Code(known.name, target, registers, spills, *size, opcodes, loops, grid[0], constants))
 
     absent = mock.Mock()
     absent.get_current_target.return_value = TARGETS[target]
@@ -152,7 +160,7 @@ def ahead_of_time_cuda(target: str, source: str, threads: int, *include: Path) -
         flags = ["-O3", "-std=c++20", f"-arch={target}", *(f"-I{path}" for path in include)]
         _run(nvcc(), "-cubin", *flags, str(text), "-o", str(cubin))
         registers, spills, opcodes, loops = _read_nvidia({"cubin": cubin.read_bytes()})
-    return Code("cuda", target, registers, spills, 0, threads, opcodes, loops, 0, {})
+    return Code("cuda", target, registers, spills, 0, 0, threads, opcodes, loops, 0, {})
 
 
 def nvcc() -> str:

@@ -10,8 +10,8 @@ How each is found:
 - registers, spills, shared memory, width of the accesses: from the disassembly.
 - occupancy: warps that fit on a multiprocessor at once, of those it can hold, by its published limits.
 - bytes asked: what the loads and stores of the launch ask for. How often a tensor is read follows from the bytes of
-  the load instructions that a program executes, over those of its tile. × minimum: over every input read once and every
-  output written once; masks and numbers of a whole row are left out.
+  the load instructions that a program executes, over those of its tile, rounded down, as masks are read beside. ×
+  minimum: over every input read once and every output written once; masks and numbers of a whole row are left out.
 - bytes from memory: asked, but for what is read again while it lies in L2 for certain: by the same program, where the
   rows of all programs that run at once fit in L2; by the next kernel, where the tensors do.
 - instructions an element: counted in the disassembly. A loop's body counts as often as the launch makes it go round,
@@ -30,8 +30,8 @@ import dataclasses
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ CARDS = {
 }  # fmt: skip
 
 _NVIDIA_PIPES = {
-    "special": r"MUFU|[FI]2[FI]\b(?!P)|FRND|F2F|I2F|F2I",
+    "special": r"MUFU|FRND|[FI]2[FI](?!P)",
     "fma": r"FFMA|FMUL|FADD",
     "fp64": r"D(ADD|MUL|FMA|SETP)",
     "exchange": r"SHFL|REDUX|CREDUX|LDS|STS",
@@ -157,8 +157,8 @@ class Work:
     written: int
     compile: Callable[[str], list[Code]]
     """Its kernels for a target."""
-    again_by: str = "program"
-    """What reads again: the same "program", or the "next" kernel."""
+    parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """What a kernel reads and writes that shares the work with another, by its name."""
 
 
 def kl_work(rows: int, classes: int, dtype_name: str, way: str) -> Work:
@@ -187,7 +187,7 @@ def step_work(shape: tuple[int, int, int], dtype_name: str, norm: str, scope: st
         f"perturbation_step, {norm}, {scope}", "×".join(map(str, shape)), dtype_name, delta.numel(),
         4 + dtype.itemsize, 4,
         lambda target: gpu_code.ahead_of_time(target, perturbation.perturbation_step, *arguments),
-        again_by="next",
+        {"_gather_kernel": (dtype.itemsize + (4 if norm == "l2" else 0), 0)},
     )  # fmt: skip
 
 
@@ -301,8 +301,8 @@ class Row:
         return max(times, key=times.__getitem__)
 
 
-def geometry(code: Code) -> tuple[int, int]:
-    """Elements of a program's tile, and how many tiles pass one after another."""
+def geometry(code: Code, read: int) -> tuple[int, int]:
+    """Elements of a program's tile, each with so many bytes to read, and how many tiles pass one after another."""
     known = code.constants
     if "BLOCK_N" in known:
         return known["BLOCK_M"] * known["BLOCK_N"], -(-known["N_COLS"] // known["BLOCK_N"])
@@ -311,8 +311,7 @@ def geometry(code: Code) -> tuple[int, int]:
     if "BLOCK" in known:
         return known.get("UNITS", 1) * known["BLOCK"], known.get("n_tiles", 1)
     (loop,) = code.loops
-    read = sum(width * n for width, n in dataclasses.replace(code, opcodes=loop).loads.items())
-    tile = read * code.threads // known.get("read", 1)
+    tile = bytes_of(code, loop, "loads") * code.threads // read
     return tile, -(-_chunks.CHUNK // tile)
 
 
@@ -320,25 +319,24 @@ def predict(work: Work, target: str) -> list[Row]:
     """A row per kernel of a call on one target's card."""
     card = CARDS[target]
     rows: list[Row] = []
+    before = 0  # bytes of an element that an earlier kernel has read
     for code in work.compile(target):
-        if not code.constants:
-            code = dataclasses.replace(code, constants={"read": work.read})
-        tile, rounds = geometry(code)
-        executed = code.executed(rounds, tile * work.read)
-        passes = [
-            round(bytes_of(code, executed, accesses) * code.threads / (tile * rounds * each)) if each else 0
-            for accesses, each in (("loads", work.read), ("stores", work.written))
-        ]
-        asked = passes[0] * work.read + passes[1] * work.written
-        at_once = resident(card, code)
-        again = max(0, passes[0] - 1) + (bool(rows) and work.again_by == "next")
-        lying = (
-            work.elements
-            if work.again_by == "next"
-            else min(work.elements, at_once * card.multiprocessors * work.elements // code.programs)
+        read, written = work.parts.get(code.kernel, (work.read, work.written))
+        tile, rounds = geometry(code, read)
+        executed = code.executed(rounds, tile * read)
+        reads, writes = (
+            bytes_of(code, executed, accesses) * code.threads // (tile * rounds * each) if each else 0
+            for accesses, each in (("loads", read), ("stores", written))
         )
-        cached = lying * work.read <= card.cache
-        from_memory = asked - (again * work.read if cached else 0)
+        asked = reads * read + writes * written
+        at_once = resident(card, code)
+        share = min(1, at_once * card.multiprocessors / code.programs)  # of the elements, that are worked at
+        from_memory = asked
+        if share * work.elements * read <= card.cache:
+            from_memory -= max(0, reads - 1) * read
+        if work.elements * read <= card.cache:
+            from_memory -= min(before, read)
+        before += read
         found = pipes(executed, target)
         each = code.threads * code.programs / work.elements
         times = {

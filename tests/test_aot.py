@@ -52,7 +52,7 @@ def test_no_spills_and_accesses_as_wide_as_rows_are_aligned(
     launcher, arguments = launch(cols, dtype)
     (code,) = ahead_of_time(target, launcher, *arguments)
     width = math.gcd(16, cols * dtype.itemsize)
-    assert code.spills == 0
+    assert code.spills == code.scratch == 0
     assert set(code.loads) == {width}
     assert launch is loss_alone or code.stores[width] > 0
     # Beside the gradients, one store of the rows' losses is left.

@@ -141,7 +141,7 @@ def sparse_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     ("shape", "way", "rows", "programs"),
     [
         ((2**21, 2, 520), ("linf", "token", "normalized"), 2, 1),  # the last tokens of 2^22
-        ((2**17, 33, 520), ("l2", "sample", "normalized"), 33, 5),  # the splits of the last sample
+        ((2**17, 33, 520), ("l2", "sample", "normalized"), 33, 9),  # the splits of the last sample
         ((1, 2**22, 520), ("l2", "sample", "normalized"), 40, 1),  # the last split of a sample
     ],
 )
@@ -203,7 +203,7 @@ def test_no_spills_and_wide_accesses(
     way = codes((norm, scope, "normalized"))
     found = ahead_of_time(target, kernels.perturbation_step, delta, grad, mask, skipped, STEP, EPSILON, *way)
     for code in found:
-        assert code.spills == 0
+        assert code.spills == code.scratch == 0
         # What is not 16 bytes wide are numbers of a whole unit and the mask's, one for several elements.
         assert code.loads[16] >= 2
         assert code.loads[1] == code.loads[2] == 0

@@ -46,7 +46,7 @@ _PERTURBATION_STEP = {
     4096: Tile(1, 4096, 8),
     8192: Tile(1, 8192, 16),
     16384: Tile(1, 16384, 16),
-    math.inf: Tile(1, 4096, 8),
+    math.inf: Tile(1, 2048, 4),
 }
 _PERTURBATION_STEP_FP64 = {length: tile for length, tile in _PERTURBATION_STEP.items() if length != 16384}
 
