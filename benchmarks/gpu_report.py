@@ -175,6 +175,10 @@ def kl_work(rows: int, classes: int, dtype_name: str, way: str) -> Work:
         f"symmetric_kl, {way}", f"{rows}×{classes}", dtype_name, rows * classes, 2 * dtype.itemsize,
         outputs * dtype.itemsize,
         lambda target: gpu_code.ahead_of_time(target, launcher, a, b, None, batchmean, *options),
+        {
+            "_symmetric_kl_kernel, parts": (2 * dtype.itemsize, 0),
+            "_symmetric_kl_kernel, finish": (2 * dtype.itemsize if outputs else 0, outputs * dtype.itemsize),
+        },
     )  # fmt: skip
 
 
@@ -305,7 +309,7 @@ def geometry(code: Code, read: int) -> tuple[int, int]:
     """Elements of a program's tile, each with so many bytes to read, and how many tiles pass one after another."""
     known = code.constants
     if "BLOCK_N" in known:
-        return known["BLOCK_M"] * known["BLOCK_N"], -(-known["N_COLS"] // known["BLOCK_N"])
+        return known["BLOCK_M"] * known["BLOCK_N"], known["SPAN"] // known["BLOCK_N"] if code.loops else 1
     if code.kernel == "_init_kernel":
         return 4 * known["BLOCK"], 1
     if "BLOCK" in known:
@@ -315,13 +319,21 @@ def geometry(code: Code, read: int) -> tuple[int, int]:
     return tile, -(-_chunks.CHUNK // tile)
 
 
+def stage(code: Code) -> str:
+    """The name of a kernel, and which of two launches it is where a row is split."""
+    if code.constants.get("SPLITS", 1) == 1 or "FINISH" not in code.constants:
+        return code.kernel
+    return f"{code.kernel}, {'finish' if code.constants['FINISH'] else 'parts'}"
+
+
 def predict(work: Work, target: str) -> list[Row]:
     """A row per kernel of a call on one target's card."""
     card = CARDS[target]
     rows: list[Row] = []
     before = 0  # bytes of an element that an earlier kernel has read
     for code in work.compile(target):
-        read, written = work.parts.get(code.kernel, (work.read, work.written))
+        kernel = stage(code)
+        read, written = work.parts.get(kernel, (work.read, work.written))
         tile, rounds = geometry(code, read)
         executed = code.executed(rounds, tile * read)
         reads, writes = (
@@ -347,7 +359,7 @@ def predict(work: Work, target: str) -> list[Row]:
         widths = [[width for width, _ in found.most_common()] for found in (code.loads, code.stores)]
         rows.append(
             Row(
-                work.op, work.shape, work.dtype, code.kernel, target, card.name, code.registers, code.spills,
+                work.op, work.shape, work.dtype, kernel, target, card.name, code.registers, code.spills,
                 code.shared, code.threads, code.programs, at_once, at_once * code.threads / card.warp / card.warps,
                 *widths, work.read + work.written, asked, from_memory,
                 found.get("special", 0) * each, found.get("fma", 0) * each, found["issue"] * each,

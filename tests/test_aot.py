@@ -21,17 +21,17 @@ MEAN, BATCHMEAN = 2, 3
 
 
 def loss_and_gradients(cols: int, dtype: torch.dtype) -> Launch:
-    a, b = torch.empty(2, 64, cols, dtype=dtype)
+    a, b = torch.empty(2, 256, cols, dtype=dtype)
     return symmetric_kl.symmetric_kl_forward_backward, (a, b, None, BATCHMEAN, False, True, True)
 
 
 def loss_alone(cols: int, dtype: torch.dtype) -> Launch:
-    a, b = torch.empty(2, 64, cols, dtype=dtype)
+    a, b = torch.empty(2, 256, cols, dtype=dtype)
     return symmetric_kl.symmetric_kl, (a, b, None, BATCHMEAN, False)
 
 
 def gradient_of_one_side(cols: int, dtype: torch.dtype) -> Launch:
-    a, b = torch.empty(2, 64, cols, dtype=dtype)
+    a, b = torch.empty(2, 256, cols, dtype=dtype)
     return symmetric_kl.symmetric_kl_grad, (a, b, None, BATCHMEAN, False)
 
 
@@ -57,3 +57,15 @@ def test_no_spills_and_accesses_as_wide_as_rows_are_aligned(
     assert launch is loss_alone or code.stores[width] > 0
     # Beside the gradients, one store of the rows' losses is left.
     assert sum(count for bytes_, count in code.stores.items() if bytes_ != width) <= 1
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_few_long_rows_are_split_without_spills(target: str, dtype: torch.dtype) -> None:
+    a, b = torch.empty(2, 64, 131072, dtype=dtype)
+    codes = ahead_of_time(target, symmetric_kl.symmetric_kl_forward_backward, a, b, None, BATCHMEAN, False, True, True)
+    assert [code.programs for code in codes] == [256, 256]
+    for code in codes:
+        assert code.spills == code.scratch == 0
+        assert code.loads[16] > 0
+    assert codes[1].stores[16] > 0

@@ -165,6 +165,7 @@ def _symmetric_kl_kernel(
     loss_ptr,  # (n_rows), or None; so the gradients
     grad_a_ptr,
     grad_b_ptr,
+    parts_ptr,  # (7, n_rows, SPLITS), or None: what each split of a row tells of it
     n_rows,
     n_inner,
     count,
@@ -184,9 +185,17 @@ def _symmetric_kl_kernel(
     BLOCK_N: tl.constexpr,
     GROUPS: tl.constexpr,
     VECTOR: tl.constexpr,
+    SPAN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    FINISH: tl.constexpr,
 ):
-    """BLOCK_M rows per program: their losses and gradients, as far as there are tensors for them."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """BLOCK_M rows per program: their losses and gradients, as far as there are tensors for them.
+
+    Or one of the SPLITS of a row, SPAN classes each: a first launch leaves its parts, a second, with FINISH, has them.
+    """
+    split = tl.program_id(0) % SPLITS
+    rows = (tl.program_id(0) // SPLITS).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin, end = split * SPAN, tl.minimum(split * SPAN + SPAN, N_COLS)
     live = (rows < n_rows) if BLOCK_M > 1 else (rows >= 0)
     cols = tl.arange(0, BLOCK_N)[None, :]
     # Strides of rows come in units of ALIGN elements: from this product the compiler sees how wide it may access.
@@ -208,13 +217,25 @@ def _symmetric_kl_kernel(
         a = _load(a_tile, 0, read[:, None] & mask, padding, COMPUTE)
         b = _load(b_tile, 0, read[:, None] & mask, padding, COMPUTE)
         w, x, t, error, s, loss, skew, top_a, sum_a, top_b, sum_b = _compare(a, 1.0, b, 1.0, _log_ratio(a, b))
+    elif FINISH:
+        parts = (rows * SPLITS)[:, None] + tl.arange(0, SPLITS)[None, :]
+        n_parts = n_rows.to(tl.int64) * SPLITS
+        s, loss, skew, top_a, sum_a, top_b, sum_b = _merge(
+            tl.load(parts_ptr + parts),
+            tl.load(parts_ptr + parts + n_parts),
+            tl.load(parts_ptr + parts + 2 * n_parts),
+            tl.load(parts_ptr + parts + 3 * n_parts),
+            tl.load(parts_ptr + parts + 4 * n_parts),
+            tl.load(parts_ptr + parts + 5 * n_parts),
+            tl.load(parts_ptr + parts + 6 * n_parts),
+        )
     else:
         # Of each block, every thread adds up what it has read itself: a group of classes. The threads' groups are
         # compared as if they were classes, once and at the end.
         group = tl.zeros((GROUPS,), COMPUTE)
         s, loss, skew, sum_a, sum_b = group, group, group, group, group
         top_a, top_b = group - float("inf"), group - float("inf")
-        for start in range(0, N_COLS, BLOCK_N):
+        for start in range(begin, end, BLOCK_N):
             mask = read[:, None] & (cols < N_COLS - start)
             a = _load(a_tile, tl.cast(start, tl.int64) * a_col_stride, mask, padding, COMPUTE)
             b = _load(b_tile, tl.cast(start, tl.int64) * b_col_stride, mask, padding, COMPUTE)
@@ -232,6 +253,16 @@ def _symmetric_kl_kernel(
         s, loss, skew, top_a, sum_a, top_b, sum_b = _merge(
             s[None, :], loss[None, :], skew[None, :], top_a[None, :], sum_a[None, :], top_b[None, :], sum_b[None, :]
         )
+        if SPLITS > 1:
+            part, n_parts = rows * SPLITS + split, n_rows.to(tl.int64) * SPLITS
+            tl.store(parts_ptr + part, s)
+            tl.store(parts_ptr + part + n_parts, loss)
+            tl.store(parts_ptr + part + 2 * n_parts, skew)
+            tl.store(parts_ptr + part + 3 * n_parts, top_a)
+            tl.store(parts_ptr + part + 4 * n_parts, sum_a)
+            tl.store(parts_ptr + part + 5 * n_parts, top_b)
+            tl.store(parts_ptr + part + 6 * n_parts, sum_b)
+            return
 
     # Sums are no positive numbers in a row with a NaN or +inf, or of nothing but -inf. Where they are, but the loss is
     # no number, a class is masked in one tensor alone: 0 * inf, or inf - inf.
@@ -243,7 +274,7 @@ def _symmetric_kl_kernel(
         scale /= tl.load(total_ptr)
     if loss_ptr is not None:
         # NaN where the weights of all rows are 0: there is no mean.
-        tl.store(loss_ptr + rows, weight * scale * loss, mask=live)
+        tl.store(loss_ptr + rows, weight * scale * loss, mask=live & (split == 0))
 
     if grad_a_ptr is not None or grad_b_ptr is not None:
         scale = tl.where(finite, weight * scale, float("nan"))
@@ -258,7 +289,7 @@ def _symmetric_kl_kernel(
             kl_pq, kl_qp = kl_pq + error, kl_qp - error
             _store_gradients(grad_a_ptr, grad_b_ptr, out_tile, mask, p2, q2, x, t, kl_pq, kl_qp, scale, half, DETACH)
         else:
-            for start in range(0, N_COLS, BLOCK_N):
+            for start in range(begin, end, BLOCK_N):
                 mask = live[:, None] & (cols < N_COLS - start)
                 a = _load(a_tile, tl.cast(start, tl.int64) * a_col_stride, read[:, None] & mask, 0, COMPUTE)
                 b = _load(b_tile, tl.cast(start, tl.int64) * b_col_stride, read[:, None] & mask, 0, COMPUTE)
@@ -319,38 +350,48 @@ def _launch(
     kind = ", fp64" if input.dtype == torch.float64 else ", odd" if align == 1 else ""
     tile = tiles.choose(f"symmetric_kl{kind}", n_cols)
     groups = 32 * tile.warps
-    with torch.cuda.device_of(input):
-        _symmetric_kl_kernel[(triton.cdiv(n_rows, tile.rows),)](
-            input,
-            target,
-            weight,
-            upstream,
-            total,
-            loss,
-            grads[0] if input_grad else None,
-            grads[1] if target_grad else None,
-            n_rows,
-            inner[0],
-            count,
-            outer[1] // align,
-            inner[1] // align,
-            input.stride(-1),
-            outer[2] // align,
-            inner[2] // align,
-            target.stride(-1),
-            0 if weight is None else weight.stride(0),
-            0 if upstream is None or upstream.numel() == 1 else upstream.stride(0),
-            N_COLS=n_cols,
-            ALIGN=align,
-            DETACH=detach_targets,
-            COMPUTE=tl.float64 if input.dtype == torch.float64 else tl.float32,
-            BLOCK_M=tile.rows,
-            BLOCK_N=tile.columns,
-            GROUPS=groups,
-            VECTOR=min(align, 16 // input.itemsize, max(1, tile.columns // groups)),
-            num_warps=tile.warps,
-            enable_fp_fusion=True,
-        )
+    blocks = triton.cdiv(n_cols, tile.columns)
+    splits = min(triton.next_power_of_2(triton.cdiv(tiles.PROGRAMS, n_rows)), triton.next_power_of_2(blocks))
+    if 2 * n_rows > tiles.PROGRAMS or blocks == 1:
+        splits = 1
+    parts = None if splits == 1 else input.new_empty((7, n_rows, splits), dtype=reference.compute_dtype(input))
+    for finish in (False, True)[: 1 if parts is None else 2]:
+        with torch.cuda.device_of(input):
+            _symmetric_kl_kernel[(triton.cdiv(n_rows, tile.rows) * splits,)](
+                input,
+                target,
+                weight,
+                upstream,
+                total,
+                loss,
+                grads[0] if input_grad else None,
+                grads[1] if target_grad else None,
+                parts,
+                n_rows,
+                inner[0],
+                count,
+                outer[1] // align,
+                inner[1] // align,
+                input.stride(-1),
+                outer[2] // align,
+                inner[2] // align,
+                target.stride(-1),
+                0 if weight is None else weight.stride(0),
+                0 if upstream is None or upstream.numel() == 1 else upstream.stride(0),
+                N_COLS=n_cols,
+                ALIGN=align,
+                DETACH=detach_targets,
+                COMPUTE=tl.float64 if input.dtype == torch.float64 else tl.float32,
+                BLOCK_M=tile.rows,
+                BLOCK_N=tile.columns,
+                GROUPS=groups,
+                VECTOR=min(align, 16 // input.itemsize, max(1, tile.columns // groups)),
+                SPAN=triton.cdiv(blocks, splits) * tile.columns,
+                SPLITS=splits,
+                FINISH=finish,
+                num_warps=tile.warps,
+                enable_fp_fusion=True,
+            )
     return grads
 
 

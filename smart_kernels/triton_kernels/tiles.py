@@ -50,6 +50,9 @@ _PERTURBATION_STEP = {
 }
 _PERTURBATION_STEP_FP64 = {length: tile for length, tile in _PERTURBATION_STEP.items() if length != 16384}
 
+PROGRAMS = 256
+"""Where long rows are fewer than half of that, each is cut into splits, as many as make so many programs."""
+
 TILES: dict[str, dict[float, Tile]] = {
     "symmetric_kl": _SYMMETRIC_KL,
     "symmetric_kl, odd": _SYMMETRIC_KL | {math.inf: Tile(1, 4096, 8)},
