@@ -186,7 +186,9 @@ def test_start_executed(dtype: torch.dtype, masked: bool) -> None:
 COMPILED = [
     ((32, 128, 768), F32, F32, "linf", "token"),
     ((32, 128, 768), F32, BF16, "l2", "token"),
+    ((32, 128, 768), F32, F32, "l2", "token"),
     ((256, 16, 768), F32, F32, "l2", "sample"),
+    ((32, 128, 768), F32, BF16, "linf", "sample"),
     ((32, 128, 768), F32, F32, "linf", "sample"),
     ((1, 4096, 1024), F32, F16, "l2", "sample"),
     ((8, 64, 768), F64, F64, "l2", "sample"),
