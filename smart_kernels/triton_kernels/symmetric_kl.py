@@ -9,10 +9,10 @@ The other sum, skew = Σ w t = KL(p||q) - KL(q||p), gives both divergences, and 
 
     ∂loss/∂a = p (t - KL(p||q)) + x,   ∂loss/∂b = -q (t + KL(q||p)) - x.
 
-A row that fits into the registers of a program is read once. A longer one is compared part by part: what a thread reads
-of a block is merged with what it has read before, and in the end all threads' parts with each other, compared as if they
-were classes, by the chain rule of the divergence. Where such rows are few, several programs share one: a first launch
-leaves the parts of each, a second merges them and writes the gradients.
+A row that fits into the registers of a program is read once. A longer one is compared part by part: what a thread
+reads of a block is merged with what it has read before, and in the end all threads' parts with each other, compared as
+if they were classes, by the chain rule of the divergence. Where such rows are few, several programs share one: a first
+launch leaves the parts of each, a second merges them and writes the gradients.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ def _symmetric_kl_kernel(
     scale = (zero + 1) / count
     if total_ptr is not None:
         scale /= tl.load(total_ptr)
-    if loss_ptr is not None:
+    if loss_ptr is not None:  # noqa: SIM102 - known when compiled, the other is not
         if split == 0:
             # NaN where the weights of all rows are 0: there is no mean.
             tl.store(loss_ptr + rows, weight * scale * loss, mask=live)
