@@ -39,8 +39,8 @@ _SYMMETRIC_KL_FP64 = {
     4096: Tile(1, 4096, 8),
     math.inf: Tile(1, 2048, 8),
 }
-# 8 elements of each tensor for a thread, more in units that are longer than 1024; of short ones as many as make 512. The
-# longest are cut into splits of the blocks that stand last.
+# 8 elements of each tensor for a thread, more in units that are longer than 1024; of short ones as many as make 512.
+# The longest are cut into splits of the blocks that stand last.
 _PERTURBATION_STEP = {
     **{columns: Tile(512 // columns, columns, 2) for columns in _POWERS[:-1]},
     1024: Tile(1, 1024, 4),
