@@ -99,7 +99,7 @@ def smart_on(model: nn.Module, config: SmartConfig, monkeypatch: pytest.MonkeyPa
         return _library.draw_seed(None, device)  # there are no generators on this device
 
     monkeypatch.setattr(perturbation, "draw_seed", draw_seed)
-    monkeypatch.setattr(objective, "warn_if_unresolved", lambda embeds, epsilon: None)
+    monkeypatch.setattr(objective, "warn_if_unresolved", lambda *args: None)
     with monkeypatch.context() as patch:
         generator = torch.Generator()
         patch.setattr(torch, "Generator", lambda device: generator)

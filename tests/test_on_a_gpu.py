@@ -47,7 +47,7 @@ def test_ema_update() -> None:
 
 @pytest.mark.parametrize("adversary", ["power", "predicted"])
 def test_a_replayed_step_gives_what_an_ordinary_one_gives(adversary: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objective, "warn_if_unresolved", lambda embeds, epsilon: None)
+    monkeypatch.setattr(objective, "warn_if_unresolved", lambda *args: None)
     model = Encoder().to(DEVICE)
     config = SmartConfig(lambda_s=1.0, mu=1.0, adversary=adversary, dropout="off", epsilon=1e-2, step_size=1.0)
     smart = Smart(model, config, num_training_steps=100)
