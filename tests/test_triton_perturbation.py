@@ -140,7 +140,7 @@ def sparse_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("shape", "way", "rows", "programs"),
     [
-        ((2**21, 2, 520), ("linf", "token", "normalized"), 2, 1),  # the last tokens of 2^22
+        ((2**21, 2, 520), ("linf", "token", "normalized"), 2, 2),  # the last tokens of 2^22
         ((2**17, 33, 520), ("l2", "sample", "normalized"), 33, 9),  # the splits of the last sample
         ((1, 2**22, 520), ("l2", "sample", "normalized"), 40, 1),  # the last split of a sample
     ],
