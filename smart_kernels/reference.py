@@ -292,7 +292,8 @@ def _weighted_sum(a: Tensor, a_factor: list[Tensor], b: Tensor, b_factor: list[T
     total = kept + gained
     share = total - kept
     low = (kept - (total - share)) + (gained - share) + (kept_low + gained_low + a_factor[1] * a + b_factor[1] * b)
-    return torch.where(low.isnan(), a + b_factor[0] * (b - a), total + low)  # something is infinite or NaN
+    # Something is infinite or NaN, or so large that its halves overflow: there the sum is left as it is rounded.
+    return torch.where(low.isnan(), torch.where(total.isfinite(), total, a + b_factor[0] * (b - a)), total + low)
 
 
 def _product(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:

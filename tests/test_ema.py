@@ -546,3 +546,10 @@ def test_bad_input(
     assert torch.equal(x, before[0])
     assert torch.equal(buffer, before[1])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_large_numbers_in_the_eager_reference() -> None:
+    """Where the halves of a product would overflow, the sum does not."""
+    e, p = torch.tensor([3e38]), torch.tensor([-1.5e38])
+    reference.ema_update_([e], [p], 0.99, None, None)
+    assert e.item() == pytest.approx(0.99 * 3e38 - 0.01 * 1.5e38, rel=2e-7)

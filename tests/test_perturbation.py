@@ -584,7 +584,13 @@ def test_bad_steps(change: dict[str, Any], error: type[Exception], message: str)
 
 @not_interpreted
 def test_bad_delta_in_place() -> None:
-    with pytest.raises(ValueError, match=r"^delta: got strides \(0, 4, 1\), expected each element"):
+    overlapping = torch.arange(30.0).as_strided((2, 3, 4), (3, 2, 1))
+    with pytest.raises(ValueError, match=r"^delta: elements share memory"):
+        perturbation_step_(overlapping, torch.randn(2, 3, 4), 1e-3, 1e-5)
+    negated = torch.zeros(2, 3, 4, dtype=torch.cfloat).conj().imag
+    with pytest.raises(ValueError, match=r"^delta: got a view that negates"):
+        perturbation_step_(negated, torch.randn(2, 3, 4), 1e-3, 1e-5)
+    with pytest.raises(ValueError, match=r"^delta: elements share memory .*strides \(0, 4, 1\)"):
         perturbation_step_(torch.zeros(3, 4).expand(2, 3, 4), X, 1.0, 1.0)
 
 

@@ -63,6 +63,7 @@ MODELS = [
         {"start_positions": torch.tensor([0, 1]), "end_positions": torch.tensor([2, 1])},
     ),
     hugging_face("GPT2LMHeadModel", "GPT2Config", GPT2, LM),
+    hugging_face("T5ForTokenClassification", "T5Config", T5, {"labels": MASK}),  # two modules with the words' weight
     hugging_face("T5ForConditionalGeneration", "T5Config", T5 | {"decoder_start_token_id": 0}, LM),
 ]
 
@@ -96,6 +97,25 @@ def test_image_model_with_a_named_module() -> None:
     assert out.smoothness > 0
     assert out.perturbation.shape == (3, 4, 6, 6)
     assert statistics == [1, 2]  # batch norm counts each batch once, though three passes see it
+
+
+def test_choices_are_samples() -> None:
+    model = transformers.BertForMultipleChoice(transformers.BertConfig(**TINY))
+    batch = {key: x.unsqueeze(1).repeat(1, 3, 1) for key, x in (("input_ids", IDS), ("attention_mask", MASK))}
+    out = Smart(model, SmartConfig(), 10)({**batch, "labels": torch.tensor([0, 2])})
+    assert out.perturbation.shape == (6, 4, 16)
+    assert torch.equal((out.perturbation != 0).any(-1), MASK.repeat_interleave(3, 0) == 1)
+
+
+def test_a_module_that_knows_its_embedding_and_has_no_configuration() -> None:
+    class Plain(Encoder):
+        def get_input_embeddings(self) -> nn.Module:
+            return self.words
+
+    model = Plain()
+    model.other = nn.Embedding(2, 2)
+    assert find_embedding(model) is model.words
+    assert Smart(model, SmartConfig(), 10)(batch_for(model)).smoothness > 0
 
 
 def test_what_follows_the_embedding_is_applied_once() -> None:

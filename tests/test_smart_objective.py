@@ -269,6 +269,105 @@ class CheckpointedEncoder(Encoder):
         return checkpoint(super().from_embeddings, *args, use_reentrant=False)
 
 
+class CheckpointedNet(nn.Module):
+    """Behind the words something random in training mode and a normaliser, run again in the backward pass."""
+
+    def __init__(self, checkpointed: bool, norm: nn.Module) -> None:
+        super().__init__()
+        self.words, self.head, self.norm = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 3), norm
+        self.checkpointed = checkpointed
+
+    def body(self, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(x, 0.3, self.training)
+        return torch.tanh(self.norm(x.transpose(1, 2))).mean(2)
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **_: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.words(input_ids)
+        logits = self.head(checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x))
+        return nn.functional.cross_entropy(logits, labels), logits
+
+
+@pytest.mark.parametrize("dropout", ["shared", "independent", "off"])
+@pytest.mark.parametrize("adversary", ["power", "predicted"])
+def test_a_checkpointed_region_that_depends_on_the_mode(adversary: str, dropout: str) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = CheckpointedNet(checkpointed, nn.BatchNorm1d(WIDTH)).train()
+        config = SmartConfig(**BALL, adversary=adversary, dropout=dropout)
+        smart = Smart(model, config, 10)
+        for _ in range(2):
+            smart(BATCH).loss.backward()
+        assert all(m.training for m in model.modules())
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
+def test_a_backward_pass_that_fails_leaves_the_next_step_whole() -> None:
+    model = CheckpointedNet(True, nn.Identity()).train()
+    smart = Smart(model, SmartConfig(**BALL, dropout="off"), 10)
+    out = smart(BATCH)
+    model.norm.forward = None  # type: ignore[assignment]
+    with pytest.raises(TypeError):
+        out.loss.backward()
+    del model.norm.forward
+    smart(BATCH)
+    assert all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm1d(WIDTH), nn.InstanceNorm1d(WIDTH, track_running_stats=True)], ids=["batch", "instance"]
+)
+def test_extra_passes_leave_no_trace_in_buffers(norm: nn.Module) -> None:
+    """They are, after a step, what the clean pass alone leaves."""
+    once, all_passes = (CheckpointedNet(False, copy.deepcopy(norm)) for _ in range(2))
+    all_passes.load_state_dict(once.state_dict())
+    generator = torch.get_rng_state()
+    once(**BATCH)
+    torch.set_rng_state(generator)
+    Smart(all_passes, SmartConfig(**BALL), 10)(BATCH).loss.backward()
+    for (name, a), b in zip(once.named_buffers(), all_passes.buffers(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("adversary", [a for a in ADVERSARIES if a != "random"])
+def test_logits_that_the_words_do_not_reach(adversary: str) -> None:
+    """As where a layer is dropped: no gradient, no step, the noise brought into the ball."""
+
+    class Deaf(Encoder):
+        def from_embeddings(self, x: Tensor, *args: Any) -> Any:
+            return super().from_embeddings(0 * x.detach(), *args)
+
+    noise = torch.randn(*BATCH["input_ids"].shape, WIDTH)
+    config = SmartConfig(**BALL | {"epsilon": 1.0}, adversary=adversary)
+    out = Smart(Deaf(), config, 10)(BATCH, initial_perturbation=noise)
+    out.loss.backward()
+    assert out.smoothness == 0
+    assert torch.equal(out.perturbation, noise.clamp(-1, 1) * BATCH["attention_mask"][..., None])
+
+
+def test_a_decay_that_is_none_leaves_the_count_alone() -> None:
+    smart = Smart(Encoder(), SmartConfig(), 10)
+    with pytest.raises(ValueError, match=r"decay: got 2\.0"):
+        smart.update(2.0)
+    assert smart.state_dict()["updates"] == 0
+
+
+@pytest.mark.parametrize("num_items", [None, torch.tensor(0), 3])
+@pytest.mark.parametrize("adversary", ADVERSARIES)
+def test_a_batch_in_which_nothing_counts(adversary: str, num_items: Any) -> None:
+    """Its terms are 0 and so are their gradients; the task's are 0 over 0 in the value alone."""
+    tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=20, **tiny))
+    ids = torch.randint(3, 20, (4, 6))
+    out = Smart(model, SmartConfig(**BALL, adversary=adversary), 10)(
+        {"input_ids": ids, "labels": torch.full_like(ids, -100)}, num_items=num_items
+    )
+    out.loss.backward()
+    assert out.smoothness == out.proximal == 0
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("adversary", ADVERSARIES)
 @pytest.mark.parametrize("of", ["transformers", "torch"])
 def test_gradient_checkpointing_changes_nothing(adversary: str, of: str) -> None:
@@ -394,11 +493,14 @@ def test_resumed_training_goes_on_to_the_bit() -> None:
         ((Encoder(), {"mu": 1}), TypeError, "config: got dict"),
         ((Encoder(), SmartConfig(), 1.5), ValueError, "num_training_steps: got 1.5"),
         ((Encoder(), SmartConfig(), True), ValueError, "num_training_steps: got True"),
+        ((Encoder(), SmartConfig(), 10, {"forward": 3}), TypeError, "forward: got int"),
+        ((Encoder(), SmartConfig(), 10, {"mask": 3}), TypeError, "mask: got int"),
     ],
 )
 def test_refuses(arguments: tuple[Any, ...], error: type[Exception], match: str) -> None:
+    *positional, options = arguments if len(arguments) == 4 else (*arguments, {})
     with pytest.raises(error, match=match):
-        Smart(*arguments)
+        Smart(*positional, **options)
 
 
 def test_a_mask_that_does_not_fit_is_an_error_and_another_can_be_given() -> None:
@@ -406,6 +508,8 @@ def test_a_mask_that_does_not_fit_is_an_error_and_another_can_be_given() -> None
     batch = batch_for(model)
     with pytest.raises(ValueError, match="mask: got shape"):
         Smart(model, SmartConfig(mu=0), mask=lambda batch: batch["attention_mask"][:, 1:])(batch)
+    with pytest.raises(TypeError, match="mask: got list"):
+        Smart(model, SmartConfig(mu=0), mask=lambda batch: [1])(batch, initial_perturbation=torch.zeros(4, 6, WIDTH))
 
     def without_the_first(batch: dict[str, Tensor]) -> Tensor:
         return batch["attention_mask"] * (torch.arange(6) > 0)

@@ -142,6 +142,28 @@ def test_accuracy_of_awkward_rows(kl: type[Kernel], dtype: torch.dtype, cols: in
     check(kl, torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("cols", [2, 3, 40, 128, 200])
+def test_the_bits_of_a_row_do_not_depend_on_the_others(kl: type[Kernel], dtype: torch.dtype, cols: int) -> None:
+    """Whichever rows stand beside it, near or far ones or NaN."""
+    rows = 67
+    a = torch.randn(rows, cols, dtype=torch.float64)
+    b = (a + torch.where(torch.rand(rows, 1) < 0.5, 1e-5, 2.0) * torch.randn_like(a)).to(dtype)
+    a = a.to(dtype)
+
+    def run(a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
+        return [kl.forward(a, b, None, NONE, False), *kl.backward(None, a, b, None, NONE, False, True, True)]
+
+    expected, order = run(a, b), torch.randperm(rows)
+    for x, y in zip(expected, run(a[order], b[order]), strict=True):
+        assert torch.equal(x[order], y)
+    a[5] = math.nan
+    others = torch.arange(rows) != 5
+    for x, y in zip(expected, run(a, b), strict=True):
+        assert torch.equal(x[others], y[others])
+        assert y[5].isnan().all()
+
+
 @pytest.mark.parametrize("cols", [2, 7, 40, 97])
 def test_special_rows_leave_the_others_alone(kl: type[Kernel], cols: int) -> None:
     inf, nan = math.inf, math.nan

@@ -206,8 +206,10 @@ def test_no_spills_and_wide_accesses(
     found = ahead_of_time(target, kernels.perturbation_step, delta, grad, mask, skipped, STEP, EPSILON, *way)
     for code in found:
         assert code.spills == code.scratch == 0
-        # What is not 16 bytes wide are numbers of a whole unit and the mask's, one for several elements.
-        assert code.loads[16] >= 2
+        # What is not 16 bytes wide are numbers of a whole unit and the mask's, one for several elements; and of a
+        # narrow gradient the 4 elements, 8 bytes, that each of 256 threads has: 512 in a row for the 64 of a wave.
+        wave = target == "gfx942" and grad.dtype.itemsize == 2
+        assert code.loads[16] + (code.loads[8] if wave else 0) >= 2
         assert code.loads[1] == code.loads[2] == 0
         if code.kernel != "_gather_kernel":
             assert set(code.stores) == {16}

@@ -269,11 +269,9 @@ SK_INLINE ShortSurvey<T> survey_short(const Vec<T>* a, const Vec<T>* b, Vec<T>* 
   return {max_a, max_b, centre, vmax(high - centre, centre - low), undefined, infinite};
 }
 
-enum class Near { all, some, none };
-
-// Their losses. The gradients take the place of a and b.
-template <typename T, Near near>
-SK_INLINE Vec<T> finish_short(
+// Their losses, all by one of the two ways. The gradients take the place of a and b, and t that of d.
+template <typename T, bool near>
+__attribute__((noinline)) Vec<T> finish_short(
     Vec<T>* a, Vec<T>* b, Vec<T>* t, const ShortSurvey<T>& at, int cols, Vec<T> scale, bool detach) {
   Vec<T> difference[kMaxTransposed];
   Vec<T> sum_a{}, sum_b{}, drift{};
@@ -281,27 +279,25 @@ SK_INLINE Vec<T> finish_short(
     t[j] -= at.centre;
     b[j] = exp_nonpositive<T>(b[j] - at.max_b);
     sum_b += b[j];
-    if constexpr (near != Near::all) {
-      a[j] = exp_nonpositive<T>(a[j] - at.max_a);
-      sum_a += a[j];
-    }
-    if constexpr (near != Near::none) {
+    if constexpr (near) {
       difference[j] = expm1_small<T>(t[j]);
       drift += b[j] * difference[j];
+    } else {
+      a[j] = exp_nonpositive<T>(a[j] - at.max_a);
+      sum_a += a[j];
     }
   }
   const Vec<T> inv_a = T(1) / sum_a, inv_b = T(1) / sum_b;
   Vec<T> s;
-  if constexpr (near == Near::all) s = log1p<T>(drift / sum_b);
+  if constexpr (near) s = log1p<T>(drift / sum_b);
   else s = log_positive<T>(sum_a / sum_b) + (at.max_a - at.max_b - at.centre);
-  if constexpr (near == Near::some) s = at.spread <= kNear<T> ? log1p<T>(drift / sum_b) : s;
   const Vec<T> offset = expm1_small<T>(-s), ratio = offset + T(1);  // where all are near
 
   Vec<T> loss{}, kl_pq{}, kl_qp{};
   for (int j = 0; j < cols; ++j) {
     t[j] -= s;
     b[j] *= inv_b;
-    if constexpr (near == Near::all) {
+    if constexpr (near) {
       difference[j] = b[j] * (difference[j] * ratio + offset);  // q expm1(d - s)
       a[j] = b[j] + difference[j];
     } else {
@@ -330,14 +326,24 @@ SK_INLINE Vec<T> finish_short(
   return loss;
 }
 
+// Rows of both kinds are done both ways, so that the bits of a row never depend on the rows beside it.
 template <typename T>
 Vec<T> short_rows(Vec<T>* a, Vec<T>* b, int cols, Vec<T> scale, bool detach) {
   Vec<T> t[kMaxTransposed];
   const ShortSurvey<T> at = survey_short<T>(a, b, t, cols);
-  const Mask<T> close = at.spread <= kNear<T>;
-  if (!any<T>(~close)) return finish_short<T, Near::all>(a, b, t, at, cols, scale, detach);
-  if (any<T>(close)) return finish_short<T, Near::some>(a, b, t, at, cols, scale, detach);
-  return finish_short<T, Near::none>(a, b, t, at, cols, scale, detach);
+  const Mask<T> near = at.spread <= kNear<T>;
+  if (!any<T>(~near)) return finish_short<T, true>(a, b, t, at, cols, scale, detach);
+  if (!any<T>(near)) return finish_short<T, false>(a, b, t, at, cols, scale, detach);
+  Vec<T> a_near[kMaxTransposed], b_near[kMaxTransposed], t_near[kMaxTransposed];
+  const auto copy = [&](const Vec<T>* from, Vec<T>* to) { std::copy_n(from, cols, to); };
+  copy(a, a_near), copy(b, b_near), copy(t, t_near);
+  const Vec<T> loss_near = finish_short<T, true>(a_near, b_near, t_near, at, cols, scale, detach);
+  const Vec<T> loss = finish_short<T, false>(a, b, t, at, cols, scale, detach);
+  for (int j = 0; j < cols; ++j) {
+    a[j] = near ? a_near[j] : a[j];
+    b[j] = near ? b_near[j] : b[j];
+  }
+  return near ? loss_near : loss;
 }
 
 // Some rows in memory, side by side, to vectors of one class each, and back.

@@ -135,15 +135,13 @@ def check_memory(written: list[Tensor], read: list[Tensor]) -> list[int]:
                 continue
             if x.is_neg():
                 raise ValueError(f"{name}[{i}]: got a view that negates its elements, expected x.resolve_neg()")
-            span = 1
-            for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-                if size > 1 and stride < span and tensors is written:
-                    raise ValueError(
-                        f"{name}[{i}]: elements share memory (shape {tuple(x.shape)}, strides {x.stride()}), "
-                        "expected a place of its own for each"
-                    )
-                span += (size - 1) * stride
-            extents.append((x.data_ptr(), x.data_ptr() + span * x.itemsize, f"{name}[{i}]", tensors is written))
+            length, shared = span(x)
+            if shared and tensors is written:
+                raise ValueError(
+                    f"{name}[{i}]: elements share memory (shape {tuple(x.shape)}, strides {x.stride()}), "
+                    "expected a place of its own for each"
+                )
+            extents.append((x.data_ptr(), x.data_ptr() + length * x.itemsize, f"{name}[{i}]", tensors is written))
     # In the order of where they begin, each need only be held against what reaches furthest so far, of both kinds.
     furthest: dict[bool, tuple[int, str]] = {}
     for begin, end, name, is_written in sorted(extents):
@@ -153,6 +151,15 @@ def check_memory(written: list[Tensor], read: list[Tensor]) -> list[int]:
         if is_written not in furthest or end > furthest[is_written][0]:
             furthest[is_written] = (end, name)
     return places
+
+
+def span(x: Tensor) -> tuple[int, bool]:
+    """Elements from a tensor's first in memory to its last, and whether two of its own may share a place."""
+    length, shared = 1, False
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        shared |= size > 1 and stride < length
+        length += (size - 1) * stride
+    return length, shared
 
 
 def _describe_slowly(tensors: list[Tensor]) -> list[object]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import sys
 
 import torch
 from torch import Tensor
 
 from smart_kernels import reference
+from smart_kernels.ops._chunks import span
 from smart_kernels.ops._library import LIBRARY, changes_arguments, define, draw_seed
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,7 +53,7 @@ def init_perturbation(
     if embeds.dim() < 2:
         raise ValueError(f"embeds: got shape {tuple(embeds.shape)}, expected (B, ..., H)")
     std = _check_number("std", std)
-    mask = _check_mask(mask, embeds, "embeds")
+    mask = None if mask is None else check_mask(mask, embeds, "embeds")
     seed = draw_seed(generator, embeds.device)
     return _init(embeds, seed, mask, std)  # type: ignore[no-any-return]
 
@@ -158,8 +159,13 @@ def perturbation_step_(
         tensor([[[0.3000, 0.4000]]])
     """
     mask = _check_step(delta, grad, mask, skipped)
-    if any(stride == 0 and size > 1 for size, stride in zip(delta.shape, delta.stride(), strict=True)):
-        raise ValueError(f"delta: got strides {delta.stride()}, expected each element in memory of its own")
+    if not torch.compiler.is_compiling() and delta.is_neg():  # which cannot be asked within a graph
+        raise ValueError("delta: got a view that negates its elements, expected x.resolve_neg()")
+    if span(delta)[1]:
+        raise ValueError(
+            f"delta: elements share memory (shape {tuple(delta.shape)}, strides {delta.stride()}), "
+            "expected a place of its own for each"
+        )
     _step_(delta, grad, mask, skipped, *_check_options(step_size, epsilon, norm, scope, ascent))
     return delta
 
@@ -174,15 +180,13 @@ def _check_floating(name: str, value: Tensor) -> None:
 def _check_number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not 0 <= value < math.inf:
+    if not 0 <= value <= sys.float_info.max:
         raise ValueError(f"{name}: got {value}, expected a finite number >= 0")
     return float(value)
 
 
-def _check_mask(mask: Tensor | None, x: Tensor, name: str) -> Tensor | None:
+def check_mask(mask: Tensor, x: Tensor, name: str) -> Tensor:
     """The mask, with all dimensions of x but the last, contiguous."""
-    if mask is None:
-        return None
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: got {type(mask).__name__}, expected a tensor or None")
     if mask.dtype.is_complex:
@@ -219,7 +223,7 @@ def _check_step(delta: Tensor, grad: Tensor, mask: Tensor | None, skipped: Tenso
             raise ValueError(f"skipped: got shape {tuple(skipped.shape)}, expected one element")
         if skipped.device != delta.device:
             raise ValueError(f"skipped: got device {skipped.device}, expected that of delta, {delta.device}")
-    return _check_mask(mask, delta, "delta")
+    return None if mask is None else check_mask(mask, delta, "delta")
 
 
 def _check_options(

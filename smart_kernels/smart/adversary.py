@@ -42,8 +42,8 @@ def find_perturbation(
         noise: where the ascent begins, shape (B, ...) of the embeddings, fp32 or fp64.
         mask: 0 at the positions that are not perturbed, shape (B, ...), or None.
         generator: what "fisher" draws from.
-        skipped: int64 scalar on the noise's device, which grows by the number of samples (or tokens) whose gradient
-            was not finite; their perturbation stays the noise.
+        skipped: int64 scalar on the noise's device, which grows at each ascent step by the number of samples (or
+            tokens) whose gradient is not finite; the step leaves their perturbation as it was, the noise at first.
 
     Returns:
         The perturbation, like `noise`, in the ball (but for "random", the noise itself); it requires no gradient.
@@ -66,10 +66,9 @@ def find_perturbation(
             case "fisher":
                 cotangents = divergence.fisher(detached(logits), generator)
             case _:  # the factor undoes the mean over samples
-                factor = torch.full_like(loss, _SCALE * point.size(0))
-                return torch.autograd.grad(loss, point, factor, retain_graph=retain_graph)[0]
+                return _pull_back((loss,), (torch.full_like(loss, _SCALE * point.size(0)),), point, retain_graph)
         cotangents = tuple(c.to(x.dtype) for c, x in zip(_scaled(cotangents, point.size(0)), logits, strict=True))
-        return torch.autograd.grad(logits, point, cotangents, retain_graph=retain_graph)[0]
+        return _pull_back(logits, cotangents, point, retain_graph)
 
     delta = noise
     for _ in range(config.ascent_steps):
@@ -82,6 +81,16 @@ def find_perturbation(
         options = config.step_size, config.epsilon, config.norm, config.scope, mask, ascent, skipped
         delta = perturbation_step(delta.detach(), g, *options)
     return delta
+
+
+def _pull_back(outputs: Logits, cotangents: Logits, point: Tensor, retain_graph: bool) -> Tensor:
+    """The vector-Jacobian product; 0 where the outputs do not depend on the point, as where a layer was dropped."""
+    live = [(x, c) for x, c in zip(outputs, cotangents, strict=True) if x.requires_grad]
+    if not live:
+        return torch.zeros_like(point)
+    outputs, cotangents = zip(*live, strict=True)
+    (g,) = torch.autograd.grad(outputs, point, cotangents, retain_graph, allow_unused=True)
+    return torch.zeros_like(point) if g is None else g
 
 
 def _scaled(cotangents: Logits, samples: int) -> Logits:

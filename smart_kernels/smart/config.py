@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -136,5 +137,5 @@ class SmartConfig:
         value = getattr(self, name)
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-        if not 0 <= value <= top or math.isinf(value):
+        if not 0 <= value <= min(top, sys.float_info.max):
             raise ValueError(f"{name}: got {value}, expected a finite number in [0, {top:g}]")

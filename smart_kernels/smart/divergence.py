@@ -39,6 +39,13 @@ class Divergence(ABC):
     def count(self, logits: Logits) -> int | Tensor:
         """How much is counted in a batch with these logits."""
 
+    def _mean(self, total: Tensor, logits: Logits) -> Tensor:
+        """The sum over what is counted in a batch, divided."""
+        items = self.count(logits) if self._num_items is None else self._num_items
+        if isinstance(items, Tensor):  # where nothing is counted, the sum is 0, and 0 with its gradient is the mean
+            items = items.to(total.dtype).clamp(min=1e-30)
+        return total / items
+
     @abstractmethod
     def cotangent(self, input: Logits, target: Logits) -> Logits:
         """The gradient with respect to `input`, up to a positive factor."""
@@ -69,11 +76,9 @@ class SymmetricKL(Divergence):
         self._absent = absent
 
     def __call__(self, input: Logits, target: Logits) -> Tensor:
-        """The mean over what is counted, and over start and end."""
-        reduction = "mean" if self._num_items is None else "sum"
-        parts = [symmetric_kl(a, b, self._weight, reduction) for a, b in self._pairs(input, target)]
-        loss = torch.stack(parts).mean()
-        return loss if self._num_items is None else loss / self._num_items
+        """The mean over what is counted, and over start and end; 0 where nothing is."""
+        parts = [symmetric_kl(a, b, self._weight, "sum") for a, b in self._pairs(input, target)]
+        return self._mean(torch.stack(parts).mean(), input)
 
     def count(self, logits: Logits) -> int | Tensor:
         """Rows, as far as they are counted."""
@@ -120,7 +125,7 @@ class SquaredError(Divergence):
     def __call__(self, input: Logits, target: Logits) -> Tensor:
         """The mean of (p - q)^2."""
         loss = torch.stack([x.square().mean() for x in self.cotangent(input, target)]).mean()
-        return loss if self._num_items is None else loss * self.count(input) / self._num_items
+        return loss if self._num_items is None else self._mean(loss * self.count(input), input)
 
     def count(self, logits: Logits) -> int | Tensor:
         """Samples."""
@@ -167,7 +172,7 @@ class Custom(Divergence):
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"divergence: the callable returned {got}, expected a scalar tensor")
-        return loss if self._num_items is None else loss * self.count(input) / self._num_items
+        return loss if self._num_items is None else self._mean(loss * self.count(input), input)
 
     def count(self, logits: Logits) -> int | Tensor:
         """As of the divergence that the logits' shape stands for."""
@@ -210,7 +215,10 @@ def choose_divergence(
         ValueError: the logits and labels do not tell.
     """
     if callable(divergence):
-        return Custom(divergence, batch, lambda: choose_divergence("auto", logits, batch, model), num_items)
+        # A callable knows what real-valued labels of (B, C) mean: what is asked here does not depend on it.
+        several = len(logits) == 1 and logits[0].dim() == 2 and logits[0].size(1) > 1
+        kind = "symmetric_kl" if several else "auto"
+        return Custom(divergence, batch, lambda: choose_divergence(kind, logits, batch, model), num_items)
     shape = logits[0].shape
     labels, mask = (batch.get(key) if isinstance(batch, Mapping) else None for key in ("labels", "attention_mask"))
     if divergence == "squared_error":
@@ -243,7 +251,8 @@ def choose_divergence(
 def _predicts_next(model: nn.Module) -> bool:
     """Whether the model's loss compares the logits at a token with the next token's label."""
     part: Any = first_having(model, "can_generate")
-    return part is not None and part.can_generate() and not part.config.is_encoder_decoder  # type: ignore[no-any-return]
+    config = getattr(part, "config", None)
+    return part is not None and part.can_generate() and not getattr(config, "is_encoder_decoder", False)
 
 
 def _plain(logits: Logits) -> Any:

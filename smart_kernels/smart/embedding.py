@@ -45,9 +45,15 @@ def find_embedding(model: nn.Module, embedding: nn.Module | str | None = None) -
         raise TypeError(f"embedding: got {type(embedding).__name__}, expected a module, its name or None")
     part: Any = first_having(model, "get_input_embeddings")
     if part is not None:
-        if getattr(part.config, "is_encoder_decoder", False):
-            part = part.get_encoder()
-        return part.get_input_embeddings()  # type: ignore[no-any-return]
+        own = part.get_input_embeddings()
+        encoder: Any = part.get_encoder() if hasattr(part, "get_encoder") else None
+        if encoder is not None and hasattr(encoder, "get_input_embeddings"):
+            of_encoder = encoder.get_input_embeddings()
+            # Tied: two modules with one weight, of which the encoder calls its own.
+            tied = getattr(of_encoder, "weight", None) is getattr(own, "weight", own)
+            if tied or getattr(getattr(part, "config", None), "is_encoder_decoder", False):
+                return of_encoder  # type: ignore[no-any-return]
+        return own  # type: ignore[no-any-return]
     candidates = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     if len(candidates) != 1:
         found = ", ".join(map(repr, candidates)) or "none"

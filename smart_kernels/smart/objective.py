@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smart_kernels.ops.perturbation import init_perturbation
+from smart_kernels.ops.perturbation import check_mask, init_perturbation
 from smart_kernels.smart.adversary import AT_CLEAN, detached, find_perturbation
 from smart_kernels.smart.config import Logits, SmartConfig
 from smart_kernels.smart.divergence import choose_divergence
@@ -76,8 +76,8 @@ class Smart:
         generator: what noise is drawn from, seeded from torch's seed and the process's rank (processes that work on
             the same samples, as with tensor parallelism, are to be given the same seed); the default generators end
             each step where an ordinary one would leave them.
-        skipped: how many samples of this process kept their noise as perturbation because their gradient was not
-            finite; int64 scalar on the model's device.
+        skipped: how many ascent steps of this process's samples were left out, as the gradient was not finite: with
+            one step, how many samples kept their noise as perturbation. int64 scalar on the model's device.
 
     Raises:
         TypeError: an argument is of the wrong type, or the model wrapped by DataParallel or FullyShardedDataParallel.
@@ -116,6 +116,9 @@ class Smart:
         config = SmartConfig() if config is None else config
         if not isinstance(config, SmartConfig):
             raise TypeError(f"config: got {type(config).__name__}, expected SmartConfig")
+        for name, function in (("forward", forward), ("mask", mask)):
+            if not callable(function):
+                raise TypeError(f"{name}: got {type(function).__name__}, expected a callable")
         self.config = config
         self._switch = _decay_switch(config, num_training_steps)
         module = find_embedding(model, embedding) if config.lambda_s else None
@@ -169,7 +172,7 @@ class Smart:
                 loss = loss + config.mu * proximal
             if clean.embeds is not None:
                 generator = self.generator if generator is None else generator
-                mask = self._mask(batch)
+                mask = _by_sample(self._mask(batch), clean.embeds)
                 noise = self._noise(clean.embeds, mask, generator, initial_perturbation)
                 delta = find_perturbation(
                     config, passes, batch, clean, divergence, noise, mask, generator, self.skipped
@@ -177,6 +180,7 @@ class Smart:
                 target = detached(clean.logits) if config.detach_clean else clean.logits
                 smoothness = divergence(passes.perturbed(batch, clean, delta), target)
                 loss = loss + config.lambda_s * smoothness
+            passes.before_backward(loss)
         return SmartOutput(
             loss, clean.loss.detach(), smoothness.detach(), proximal.detach(), _public(clean.logits), delta
         )
@@ -191,15 +195,14 @@ class Smart:
             decay: beta of this update instead of the schedule's, a float in [0, 1] or a scalar tensor on the
                 device, which a replayed CUDA graph reads anew. Without effect for ``proximal="vanilla"``.
         """
+        outer, inner = divmod(self._updates + 1, self.config.inner_steps)
+        if self.teacher is not None and not inner:
+            if self.config.proximal == "vanilla":
+                decay = 0.0
+            elif decay is None:
+                decay = self.config.decay if outer <= self._switch else self.config.decay_late
+            self.teacher.update(decay)
         self._updates += 1
-        outer, inner = divmod(self._updates, self.config.inner_steps)
-        if self.teacher is None or inner:
-            return
-        if self.config.proximal == "vanilla":
-            decay = 0.0
-        elif decay is None:
-            decay = self.config.decay if outer <= self._switch else self.config.decay_late
-        self.teacher.update(decay)
 
     def state_dict(self) -> dict[str, Any]:
         """What an interrupted training needs to go on: the teacher, the count of updates, the generator's state."""
@@ -252,7 +255,7 @@ class Smart:
         initial = initial.detach().to(torch.promote_types(embeds.dtype, torch.float32))
         if mask is None:
             return initial.clone()
-        return torch.where(mask.view(*mask.shape, *[1] * (initial.dim() - mask.dim())) != 0, initial, 0)
+        return torch.where(check_mask(mask, embeds, "the embeddings").unsqueeze(-1) != 0, initial, 0)
 
 
 def _decay_switch(config: SmartConfig, num_training_steps: int | None) -> float:
@@ -287,6 +290,13 @@ def _check_num_items(num_items: float | Tensor | None, logits: Tensor) -> float 
         if not 0 < num_items < math.inf:
             raise ValueError(f"num_items: got {num_items}, expected a finite number > 0")
     return num_items
+
+
+def _by_sample(mask: Tensor | None, embeds: Tensor) -> Tensor | None:
+    """The mask of a batch whose choices (B, C, L) the model takes for samples (B C, L)."""
+    if isinstance(mask, Tensor) and mask.dim() == 3 and mask.shape[:2].numel() == embeds.size(0):
+        return mask.flatten(0, 1)
+    return mask
 
 
 def _public(logits: Logits) -> Tensor | Logits:

@@ -6,7 +6,7 @@ Whatever a pass changes in the model (hooks, modes, flags) is as it was when the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,11 +121,13 @@ class Passes:
         self._dropout = dropout
         self._before: GeneratorStates = []
         self._after: GeneratorStates = []
+        self._in_backward = ExitStack()
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around the passes of a step: the clean one, then extra ones, which leave no trace in the generators."""
         if self._dropout == "off":
+            self._in_backward.close()  # should a backward pass have failed half-way
             with _dropout_off(self.model):
                 yield
             return
@@ -135,6 +137,17 @@ class Passes:
         finally:
             set_generator_states(self._after)
             self._before = self._after = []
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Let the backward pass from here find the model as its forward passes did: what is checkpointed runs again."""
+        if self._dropout != "off" or not loss.requires_grad:
+            return
+
+        def begin(_gradient: Tensor) -> None:
+            self._in_backward.enter_context(_dropout_off(self.model))
+            torch.autograd.Variable._execution_engine.queue_callback(self._in_backward.close)
+
+        loss.register_hook(begin)
 
     def clean(self, batch: Any, differentiable: bool) -> CleanPass:
         """The ordinary pass.
@@ -194,19 +207,17 @@ class Passes:
 
     @contextmanager
     def _extra(self) -> Iterator[None]:
-        """A pass beside the clean one: its dropout masks, and no second count of what batch norm has seen."""
+        """A pass beside the clean one: its dropout masks, and no trace in buffers such as running means."""
         if self._dropout == "shared":
             set_generator_states(self._before)
-        tracking = [
-            m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats
-        ]
-        for module in tracking:
-            module.track_running_stats = False
+        modules = [m for m in self.model.modules() if m.training]
+        buffers = [b for m in modules for b in m.buffers(recurse=False) if b.is_floating_point() or b.dim() == 0]
+        values = [b.detach().clone() for b in buffers]
         try:
             yield
         finally:
-            for module in tracking:
-                module.track_running_stats = True
+            for buffer, value in zip(buffers, values, strict=True):
+                buffer.data.copy_(value)  # which no backward pass takes for a change
 
     def _compiled(self) -> bool:
         return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in self.model.modules())
