@@ -100,7 +100,30 @@ def resave(path: Path, **changes: Tensor | None) -> None:
         ({"teacher.head.bias": None}, r"head\.bias: missing"),
         ({"teacher.tail.bias": torch.zeros(1)}, r"tail\.bias: not in the model, or frozen there"),
         ({"updates": None, "generator": None}, "state: has no generator, updates"),
-        ({"generator": torch.zeros(1, 16, dtype=torch.uint8)}, "its generator's state is not that of one on cpu: "),
+        ({"foo.bar": torch.ones(3)}, "state: has foo.bar, expected generator, skipped, updates alone"),
+        (
+            {"updates": torch.tensor(1.7)},
+            r"updates: got torch\.float32 of shape \(\), expected torch\.int64 of shape \(\)",
+        ),
+        ({"updates": torch.tensor([1, 2])}, r"updates: got torch\.int64 of shape \(2,\)"),
+        ({"updates": torch.tensor(True)}, r"updates: got torch\.bool"),
+        ({"updates": torch.tensor(-3)}, "updates: got -3, expected an int >= 0"),
+        ({"skipped": torch.tensor([1.5])}, r"skipped: got torch\.float32 of shape \(1,\), expected torch\.int64"),
+        ({"skipped": torch.tensor(1)}, r"skipped: got torch\.int64 of shape \(\), expected .* \(1,\)"),
+        ({"skipped": torch.tensor([-4])}, r"skipped: got \[-4\], expected >= 0"),
+        ({"skipped": torch.zeros(1, 3).long()}, r"skipped: got torch\.int64 of shape \(1, 3\)"),
+        ({"skipped": torch.zeros(0).long()}, r"skipped: got torch\.int64 of shape \(0,\), expected .* \(1,\)"),
+        (
+            {"skipped": torch.zeros(2).long()},
+            r"generator: got torch\.uint8 of shape \(1, \d+\), expected .* \(2, \d+\)",
+        ),
+        (
+            {"generator": torch.zeros(1, 16).byte()},
+            r"generator: got torch\.uint8 of shape \(1, 16\), expected .* \(1, ",
+        ),
+        ({"generator": torch.zeros(0, 5056).byte()}, r"generator: got torch\.uint8 of shape \(0, 5056\)"),
+        ({"generator": torch.Generator().get_state()}, r"generator: got torch\.uint8 of shape \(\d+,\)"),
+        ({"generator": torch.zeros(1, 5056).byte()}, "generator: got a state that is not one on cpu: "),
     ],
 )
 def test_what_differs_is_said_and_nothing_changes(
@@ -126,6 +149,8 @@ def test_files_that_are_no_such_files(tmp_path: Path) -> None:
     path = tmp_path / "smart.safetensors"
     with pytest.raises(FileNotFoundError):
         load_smart(trained(), path)
+    with pytest.raises(ValueError, match=r"path: got the folder .*, expected a file"):
+        load_smart(trained(), tmp_path)
     save_smart(trained(), path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"path: .*smart\.safetensors is no complete safetensors file"):

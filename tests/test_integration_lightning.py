@@ -159,6 +159,18 @@ def test_resumed_training_gives_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(runs[0][name], value), name
 
 
+def test_a_checkpoint_that_was_validated_is_not_resumed_by_a_fit(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, SmartCallback(BALL))
+    trainer.fit(Module(), loader())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    callback = SmartCallback(BALL)
+    trainer = trainer_for(tmp_path, callback)
+    trainer.validate(Module(), loader(), ckpt_path=tmp_path / "end.ckpt", verbose=False, weights_only=True)
+    trainer.fit(Module(), loader())
+    assert callback.smart is not None
+    assert callback.smart.state_dict()["updates"] == 4
+
+
 def test_evaluating_the_teacher(tmp_path: Path) -> None:
     module, callback = Module(), SmartCallback(BALL)
     trainer = trainer_for(tmp_path, callback)
@@ -205,10 +217,11 @@ def test_accelerate_readme_block_runs(steps: int) -> None:
         "accelerator": accelerate.Accelerator(cpu=True, gradient_accumulation_steps=steps),
         "model": model,
         "optimizer": torch.optim.AdamW(model.parameters()),
-        "loader": loader(),
+        "loader": DataLoader(TASKS["bert"].examples(), batch_size=1),
     }
     smart = readme.run("Accelerate", names)["smart"]
     assert isinstance(smart, Smart)
-    assert smart.state_dict()["updates"] == 4 // steps
+    assert smart.state_dict()["updates"] == 16 // steps
+    assert smart._switch == {1: 2, 2: 1}[steps]  # a tenth of the optimiser's steps
     assert not all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert isinstance(model, nn.Module)

@@ -14,8 +14,8 @@ import pytest
 import readme
 import torch
 import transformers
-from hf_tasks import NO_DROPOUT, TASKS, trainer_for
-from safetensors.torch import load_file
+from hf_tasks import NO_DROPOUT, SIZES, TASKS, trainer_for
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import smart_kernels
@@ -28,10 +28,12 @@ from smart_kernels.integrations.transformers import (
     what_lacks,
 )
 from smart_kernels.smart import objective
+from smart_kernels.smart.embedding import find_embedding
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BALL: dict[str, Any] = {"smart_epsilon": 0.1, "smart_noise_std": 0.05, "smart_step_size": 0.15, "smart_decay": 0.5}
+QUIET: dict[str, Any] = {"smart_epsilon": 0.1, "smart_noise_std": 0.0, "smart_adversary": "predicted"}  # without chance
 
 
 def parameters(trainer: Any) -> dict[str, Tensor]:
@@ -119,6 +121,79 @@ def test_four_micro_batches_equal_a_large_one(
                 key
             )  # logged in fp32, summed in another order
     assert history[1]["proximal"] > 0
+
+
+class WithoutKeywords(transformers.BertForTokenClassification):
+    """Trainer cannot tell it how many items there are, and counts none."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None) -> Any:
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+@pytest.mark.parametrize("name", ["roberta", "distilbert"])
+def test_where_items_are_not_counted_it_is_the_mean_of_means(name: str, tmp_path: Path) -> None:
+    """Of micro-batches of 3 and 1 examples, with different numbers of tokens: as Trainer has it, for each term."""
+    task = TASKS[name]
+    if task.targets == "span":
+        model = task.build(**NO_DROPOUT[name])
+    else:
+        model = WithoutKeywords(transformers.BertConfig(vocab_size=20, num_labels=3, **SIZES, **NO_DROPOUT[name]))
+    examples, entries = task.examples()[:4], []
+    for trainer, some, extra in (
+        (transformers.Trainer, examples, {}),
+        (SmartTrainer, examples, QUIET),
+        (SmartTrainer, examples[:3], QUIET),
+        (SmartTrainer, examples[3:], QUIET),
+    ):
+        run = trainer_for(
+            task,
+            tmp_path,
+            model,
+            trainer,
+            per_device_train_batch_size=3,
+            gradient_accumulation_steps=2,
+            max_steps=1,
+            learning_rate=0.0,
+            train_sampling_strategy="sequential",
+            **extra,
+        )
+        run.train_dataset = some
+        run.train()
+        entries.append(logged(run)[0])
+    plain, both, first, second = entries
+    assert both["task_loss"] == plain["loss"]
+    for key in ("task_loss", "smoothness"):
+        assert math.isclose(both[key], (first[key] + second[key]) / 2, rel_tol=1e-4), key  # logged in fp32
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_labels_of_several_numbers_a_sample(micro: int, tmp_path: Path) -> None:
+    """Trainer counts the labels' elements, the divergence samples: its terms are means over samples all the same."""
+
+    def loss_of(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        loss = nn.functional.binary_cross_entropy_with_logits(outputs["logits"], labels, reduction="sum")
+        return loss / num_items_in_batch
+
+    entries = []
+    for size, count, keywords in ((4, 1, {}), (4 // micro, micro, {"compute_loss_func": loss_of})):
+        run = trainer_for(
+            TASKS["bert"],
+            tmp_path,
+            TASKS["bert"].build(problem_type="multi_label_classification", **NO_DROPOUT["bert"]),
+            keywords=keywords,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=count,
+            max_steps=2,
+            smart_divergence="symmetric_kl",
+            smart_decay=0.5,
+            **QUIET,
+        )
+        run.train_dataset = [e | {"labels": torch.eye(3)[e["labels"]]} for e in TASKS["bert"].examples()]
+        run.train()
+        entries.append(logged(run)[1])
+    for key in ("task_loss", "smoothness", "proximal"):
+        assert entries[0][key] > 0
+        assert math.isclose(entries[1][key], entries[0][key], rel_tol=1e-4), key  # logged in fp32
 
 
 @pytest.mark.parametrize("how", ["label_smoothing_factor", "compute_loss_func", "return_dict"])
@@ -277,6 +352,35 @@ def test_other_ways_to_train(options: dict[str, Any], tmp_path: Path) -> None:
     assert logged(trainer)[-1]["proximal"] > 0
 
 
+def test_reentrant_checkpointing(tmp_path: Path) -> None:
+    """Torch has no gradient but that of backward() there: an error of ours where another is needed."""
+    options: dict[str, Any] = {"activation_checkpointing": True, **BALL}
+    options["activation_checkpointing_kwargs"] = {"use_reentrant": True}
+    with pytest.raises(ValueError, match="args: got activation checkpointing with use_reentrant=True"):
+        trainer_for(TASKS["bert"], tmp_path, **options).train()
+    runs = []
+    for reentrant in (True, False):
+        options["activation_checkpointing_kwargs"] = {"use_reentrant": reentrant}
+        runs.append(trainer_for(TASKS["bert"], tmp_path, smart_adversary="random", **options))
+        runs[-1].train()
+    assert_equal(parameters(runs[0]), parameters(runs[1]))
+
+
+def test_no_epochs(tmp_path: Path) -> None:
+    trainer = trainer_for(TASKS["bert"], tmp_path, max_steps=-1, num_train_epochs=0)
+    before = parameters(trainer)
+    trainer.train()
+    assert_equal(parameters(trainer), before)
+
+
+def test_images_are_perturbed_at_their_patches(tmp_path: Path) -> None:
+    model = TASKS["vit"].build()
+    assert find_embedding(model) is model.vit.embeddings.patch_embeddings
+    trainer = trainer_for(TASKS["vit"], tmp_path, model, smart_embedding=None, **BALL)
+    trainer.train()
+    assert all(h["smoothness"] > 0 for h in logged(trainer))
+
+
 def test_searching_hyper_parameters_builds_a_new_teacher(tmp_path: Path) -> None:
     """Every trial's model and arguments are new; this is what a search does to a trainer."""
     task = TASKS["bert"]
@@ -411,6 +515,58 @@ def test_a_checkpoint_that_was_not_written_to_its_end(tmp_path: Path, caplog: py
         last_complete_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="has no complete checkpoint"):
         trainer_for(task, tmp_path / "empty").train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "lacking"),
+    [
+        ("model.safetensors", "has no weights of the model"),
+        ("optimizer.pt", "has no optimizer"),
+        ("scheduler.pt", "has no scheduler"),
+        ("rng_state.pth", "has no rng_state.pth"),
+    ],
+)
+def test_a_checkpoint_with_a_file_missing(name: str, lacking: str, tmp_path: Path) -> None:
+    trainer_for(TASKS["bert"], tmp_path, save_strategy="steps", save_steps=1, max_steps=2).train()
+    (tmp_path / "checkpoint-2" / name).unlink()
+    assert what_lacks(tmp_path / "checkpoint-2") == lacking
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_a_checkpoint_of_several_processes_has_the_generators_of_each(tmp_path: Path) -> None:
+    trainer_for(TASKS["bert"], tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    folder = tmp_path / "checkpoint-2"
+    state = load_file(folder / "smart.safetensors")
+    state |= {"generator": state["generator"].repeat(2, 1), "skipped": state["skipped"].repeat(2)}
+    save_file(state, folder / "smart.safetensors")
+    (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+    assert what_lacks(folder) == "has no rng_state_1.pth"
+    shutil.copy(folder / "rng_state_0.pth", folder / "rng_state_1.pth")
+    assert what_lacks(folder) is None
+
+
+def test_what_tells_that_all_is_there_is_written_after_every_process_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_for(TASKS["bert"], tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    folder = tmp_path / "checkpoint-1"
+    seen: list[bool] = []
+
+    def wait(_: Any) -> None:
+        if (folder / "rng_state.pth").exists():
+            seen.append((folder / "trainer_state.json").exists())
+
+    monkeypatch.setattr(type(trainer.accelerator), "wait_for_everyone", wait)
+    trainer.train()
+    assert seen[0] is False
+    assert what_lacks(folder) is None
+
+
+def test_a_checkpoint_of_the_model_only_is_complete(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    trainer_for(TASKS["bert"], tmp_path, **options).train()
+    assert not list(tmp_path.glob("*/optimizer*"))
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
 def test_a_checkpoint_that_is_being_overwritten_is_not_complete(

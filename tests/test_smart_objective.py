@@ -487,6 +487,39 @@ def test_resumed_training_goes_on_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"updates": "x"}, "updates: got 'x', expected an int >= 0"),
+        ({"updates": True}, "updates: got True"),
+        ({"updates": -1}, "updates: got -1"),
+        ({"skipped": torch.zeros(2).long()}, r"skipped: got torch\.int64 of shape \(2,\), expected .* of shape \(\)"),
+        ({"skipped": 3}, "skipped: got int"),
+        ({"skipped": torch.tensor(-4)}, "skipped: got -4, expected >= 0"),
+        ({"generator": None}, "generator: got NoneType"),
+        ({"teacher": None}, "teacher: got NoneType, expected a mapping"),
+        ({"teacher": {"head.bias": 1}}, "head.bias: got dtype None"),
+        ({"more": 1}, "state: has more, expected generator, skipped, teacher, updates alone"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(changes: dict[str, Any], message: str) -> None:
+    def flat(smart: Smart) -> dict[str, Tensor]:
+        state = copy.deepcopy(smart.state_dict())
+        return {**state.pop("teacher"), **{name: torch.as_tensor(value) for name, value in state.items()}}
+
+    torch.manual_seed(1)
+    other = Smart(Encoder(), SmartConfig(), 10)
+    other.update()
+    other.skipped += 1
+    torch.manual_seed(2)
+    smart = Smart(Encoder(), SmartConfig(), 10)
+    before = flat(smart)
+    with pytest.raises(ValueError, match=message):
+        smart.load_state_dict(other.state_dict() | changes)
+    after = flat(smart)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
         (("model",), TypeError, "model: got str"),

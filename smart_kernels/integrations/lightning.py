@@ -57,6 +57,10 @@ class SmartCallback(Callback):  # type: ignore[misc]
         self._output: Mapping[str, Any] | None = None  # of the ordinary pass
         self._handles: list[Any] = []
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget a state that came with a checkpoint for something else than training."""
+        self._state = None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the objective in the place of the module's loss."""
         if not pl_module.automatic_optimization:

@@ -32,6 +32,8 @@ SMART_NAME = "smart.safetensors"
 
 _PREFIX = "smart_"
 _NUM_ITEMS = "num_items_in_batch"
+_WEIGHTS = ("model*.safetensors", "pytorch_model*", "adapter_model.*", "*/adapter_model.*")
+"""One of these files or folders is there, whatever the model: whole, in shards, of FSDP, of adapters."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +60,9 @@ class SmartTrainingArguments(_SmartArguments, TrainingArguments):  # type: ignor
     """Trainer's arguments and, with `smart_` in front of its name, each field of :class:`~smart_kernels.SmartConfig`.
 
     Args:
-        smart_embedding: name of the module whose output is perturbed; by default the word embedding. A model that has
-            none, as one for images, needs it.
+        smart_embedding: name of the module whose output is perturbed; by default the word embedding, or what else
+            the model's ``get_input_embeddings()`` gives: in one for images the projection of the patches, to which
+            positions are added later (already part of the output of "vit.embeddings").
 
     Example:
         >>> from smart_kernels.integrations.transformers import SmartTrainingArguments
@@ -90,7 +93,9 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
     or `compute_loss_func`; smoothness and proximal term are means over the same samples or tokens, those of all
     micro-batches and processes of an optimiser step. Where a model's loss is the mean of a micro-batch and knows
     nothing of the others (it ignores `num_items_in_batch`), Trainer adds these means up; here, unless both `lambda_s`
-    and `mu` are 0, they make the mean over all items.
+    and `mu` are 0, they make the mean over all items. Where Trainer does not count items (the ends of a span, a model
+    whose forward takes no `**kwargs`), it takes the mean of the micro-batches' means, however many items each has;
+    so do all three terms here.
 
     The log gets, as means since the last one, task_loss, smoothness, proximal and perturbation_linf (or _l2: the
     largest norm of a sample's perturbation, in units of the embeddings), and skipped_samples, how many so far had no
@@ -132,6 +137,7 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         self._divergence = divergence
         self._checkpoint: str | None = None  # that the training goes on from
         self._ignores_num_items: bool | None = None
+        self._counts_samples = False  # whether smoothness and proximal term are means over samples, not over tokens
         self._outputs: Any = None
         super().__init__(model, args, *others, **kwargs)
         self.add_callback(_Steps(self))
@@ -169,11 +175,15 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
                 "DDP or FSDP2; for several GPUs start with torchrun"
             )
         config = args.smart_config()
+        if config.lambda_s and config.adversary != "random" and _reentrant(args):
+            raise ValueError(
+                "args: got activation checkpointing with use_reentrant=True, through which an adversary has no "
+                "gradient, expected use_reentrant=False, smart_adversary='random' or smart_lambda_s=0"
+            )
         if self._divergence is not None:
             config = dataclasses.replace(config, divergence=self._divergence)
-        self.smart = Smart(
-            self.model_wrapped, config, self.state.max_steps, embedding=args.smart_embedding, forward=self._forward
-        )
+        steps = max(1, self.state.max_steps)  # a training of no epochs begins, too
+        self.smart = Smart(self.model_wrapped, config, steps, embedding=args.smart_embedding, forward=self._forward)
         if self._checkpoint is not None:
             load_smart(self.smart, Path(self._checkpoint, SMART_NAME))
         self._ignores_num_items = None
@@ -210,6 +220,8 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
                 num_items_in_batch = None
             else:
                 share = num_items_in_batch / processes
+                if self._counts_samples:  # while Trainer counts the elements of the labels
+                    share = share * len(inputs["labels"]) / self._counted(inputs)
         self._outputs = None
         out = self.smart({**inputs, _NUM_ITEMS: num_items_in_batch}, num_items=share)
         outputs, self._outputs = self._outputs, None
@@ -241,15 +253,22 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         return (labels[..., 1:] if shifted else labels).ne(IGNORED).sum()  # type: ignore[no-any-return]
 
     def _ignored(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int) -> bool:
-        """Whether the task loss is the same for any number of items: found once, by trying two."""
+        """Whether the task loss is the same for any number of items: found once, by trying two.
+
+        What is a mean over samples and what over tokens is seen there, too: in the shape of the logits.
+        """
         if self._ignores_num_items is None:
             states = generator_states(model)
             model.eval()
             with torch.no_grad():
-                once = super().compute_loss(model, dict(inputs), num_items_in_batch=num_items)
-                twice = super().compute_loss(model, dict(inputs), num_items_in_batch=2 * num_items)
+                once, logits = self._forward(model, {**inputs, _NUM_ITEMS: num_items})
+                twice, _ = self._forward(model, {**inputs, _NUM_ITEMS: 2 * num_items})
             model.train()
             set_generator_states(states)
+            assert self.smart is not None
+            self._counts_samples = (
+                self.smart.config.divergence == "squared_error" or not isinstance(logits, Tensor) or logits.dim() < 3
+            )
             telling = once.isfinite() & (once != 0)  # not so where nothing in this batch has a label
             votes = self.accelerator.reduce(torch.stack([telling & (once != twice), telling & (once == twice)]).long())
             if not votes.any():
@@ -313,6 +332,11 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         save_smart(self.smart, folder / SMART_NAME, write=self.args.should_save)
         super()._save_checkpoint(model, trial)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Trainer's; the first process goes on, to what tells that all is there, when every process has written."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
 
 class _Steps(TrainerCallback):  # type: ignore[misc]
     """Tells a SmartTrainer when training begins and when the optimiser has made a step."""
@@ -346,14 +370,33 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str:
 
 
 def what_lacks(checkpoint: str | os.PathLike[str]) -> str | None:
-    """What keeps a checkpoint's folder from being resumed by a SmartTrainer; None if nothing does."""
-    name = TRAINER_STATE_NAME
+    """What keeps a checkpoint's folder from being resumed by a SmartTrainer; None if nothing does.
+
+    One without any state of an optimiser, schedule and generators is complete: `save_only_model` asks for that.
+    """
+    folder, name = Path(checkpoint), TRAINER_STATE_NAME
     try:
-        json.loads(Path(checkpoint, name).read_text(encoding="utf-8"))
+        json.loads((folder / name).read_text(encoding="utf-8"))
         name = SMART_NAME
-        with safe_open(Path(checkpoint, name), "pt"):
-            return None
+        with safe_open(folder / name, "pt") as state:
+            processes = len(state.get_tensor("generator"))
     except FileNotFoundError:
         return f"has no {name}"
     except (ValueError, SafetensorError):
         return f"has a {name} that was not written to its end"
+    if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+        return "has no weights of the model"
+    generators = ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
+    if any(any(folder.glob(pattern)) for pattern in ("optimizer*", "scheduler*", "rng_state*")):
+        for pattern in ("optimizer*", "scheduler*", *generators):
+            if not any(folder.glob(pattern)):
+                return f"has no {pattern.rstrip('*')}"
+    return None
+
+
+def _reentrant(args: TrainingArguments) -> bool:
+    """Whether activations are checkpointed by the way of torch that has no gradient but that of backward()."""
+    for name in ("activation_checkpointing", "gradient_checkpointing"):  # the new name and the old one
+        if getattr(args, name, False) and (getattr(args, f"{name}_kwargs", None) or {}).get("use_reentrant"):
+            return True
+    return False

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from smart_kernels.smart.objective import Smart
+from smart_kernels.smart.objective import Smart, check_names, check_tensor
 from smart_kernels.smart.parallel import processes, rank
 
 _TEACHER = "teacher."
@@ -64,8 +64,11 @@ def load_smart(smart: Smart, path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not complete, or a name, shape or dtype differs; it is said which. Nothing was changed then.
+        ValueError: it is not complete, or a name, shape, dtype or value does not fit; it is said which. Nothing was
+            changed then.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"path: got the folder {os.fspath(path)}, expected a file")
     try:
         restore_state(smart, load_file(path))
     except SafetensorError as error:
@@ -107,19 +110,24 @@ def restore_state(smart: Smart, tensors: Mapping[str, Tensor]) -> None:
     """Set `smart` to what :func:`gather_state` gave.
 
     Raises:
-        ValueError: something is missing or differs; nothing was changed then.
+        ValueError: something is missing, unknown or does not fit; nothing was changed then.
     """
-    if missing := {"updates", "skipped", "generator"} - tensors.keys():
-        raise ValueError(f"state: has no {', '.join(sorted(missing))}")
+    check_names({n for n in tensors if not n.startswith(_TEACHER)}, {"updates", "skipped", "generator"})
+    skipped, generator = tensors["skipped"], tensors["generator"]
+    own = smart.generator.get_state()
+    check_tensor("updates", tensors["updates"], torch.int64, ())
+    count = max(1, len(skipped)) if isinstance(skipped, Tensor) and skipped.dim() else 1  # of processes
+    check_tensor("skipped", skipped, torch.int64, (count,))
+    if (skipped < 0).any():
+        raise ValueError(f"state: skipped: got {skipped.tolist()}, expected >= 0")
+    check_tensor("generator", generator, torch.uint8, (count, *own.shape))
     state: dict[str, Any] = {
         "updates": int(tensors["updates"]),
         # samples that were skipped by processes that are no more are counted on
-        "skipped": tensors["skipped"][rank() :: processes()].sum(),
-        "generator": smart.generator.get_state(),
+        "skipped": skipped[rank() :: processes()].sum(),
+        "generator": generator[rank()] if rank() < count else own,
         "teacher": {n.removeprefix(_TEACHER): t for n, t in tensors.items() if n.startswith(_TEACHER)},
     }
-    if rank() < len(tensors["generator"]):
-        state["generator"] = tensors["generator"][rank()]
     smart.load_state_dict(state)
 
 

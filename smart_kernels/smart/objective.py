@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,23 +219,31 @@ class Smart:
         Raises:
             ValueError: it does not fit; nothing was changed then.
         """
-        if missing := {"updates", "generator", "skipped", "teacher"} - state.keys():
-            raise ValueError(f"state: has no {', '.join(sorted(missing))}")
+        check_names(state.keys(), {"updates", "generator", "skipped", "teacher"})
+        updates, skipped, teacher = (state[name] for name in ("updates", "skipped", "teacher"))
+        if not isinstance(updates, int) or isinstance(updates, bool) or updates < 0:
+            raise ValueError(f"state: updates: got {updates!r}, expected an int >= 0")
+        check_tensor("skipped", skipped, torch.int64, ())
+        if skipped < 0:
+            raise ValueError(f"state: skipped: got {int(skipped)}, expected >= 0")
+        check_tensor("generator", state["generator"], torch.uint8, tuple(self.generator.get_state().shape))
         generator = state["generator"].clone()  # a view would be read from where its memory begins
         try:
             torch.Generator(self.generator.device).set_state(generator)
         except (RuntimeError, TypeError) as error:
-            message = f"state: its generator's state is not that of one on {self.generator.device.type}: {error}"
+            message = f"state: generator: got a state that is not one on {self.generator.device.type}: {error}"
             raise ValueError(message) from None
-        if self.teacher is None and state["teacher"]:
+        if not isinstance(teacher, Mapping):
+            raise ValueError(f"state: teacher: got {type(teacher).__name__}, expected a mapping of names to tensors")
+        if self.teacher is None and teacher:
             raise ValueError(
                 f"state: has a teacher, expected none: mu is {self.config.mu:g}, proximal {self.config.proximal!r}"
             )
         if self.teacher is not None:
-            self.teacher.load_state_dict(state["teacher"])
-        self._updates = state["updates"]
+            self.teacher.load_state_dict(teacher)
+        self._updates = updates
         self.generator.set_state(generator)
-        self.skipped.copy_(state["skipped"])
+        self.skipped.copy_(skipped)
 
     def _noise(self, embeds: Tensor, mask: Tensor | None, generator: torch.Generator, initial: Tensor | None) -> Tensor:
         if not self._warned:
@@ -256,6 +264,21 @@ class Smart:
         if mask is None:
             return initial.clone()
         return torch.where(check_mask(mask, embeds, "the embeddings").unsqueeze(-1) != 0, initial, 0)
+
+
+def check_names(got: Set[str], expected: Set[str]) -> None:
+    """Raise ValueError where a state has not these names."""
+    if missing := expected - got:
+        raise ValueError(f"state: has no {', '.join(sorted(missing))}")
+    if unknown := got - expected:
+        raise ValueError(f"state: has {', '.join(sorted(unknown))}, expected {', '.join(sorted(expected))} alone")
+
+
+def check_tensor(name: str, got: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise ValueError where a state's entry is no tensor of this dtype and shape."""
+    if not isinstance(got, Tensor) or got.dtype != dtype or got.shape != shape:
+        found = f"{got.dtype} of shape {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
+        raise ValueError(f"state: {name}: got {found}, expected {dtype} of shape {shape}")
 
 
 def _decay_switch(config: SmartConfig, num_training_steps: int | None) -> float:

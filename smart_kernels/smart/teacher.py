@@ -115,7 +115,7 @@ class Teacher:
         differing += [f"{name}: not in the model, or frozen there" for name in state.keys() - self.shadows.keys()]
         for name in self.shadows.keys() & state.keys():
             for what in ("shape", "dtype"):
-                got, expected = getattr(state[name], what), getattr(self.shadows[name], what)
+                got, expected = getattr(state[name], what, None), getattr(self.shadows[name], what)
                 if got != expected:
                     differing.append(f"{name}: got {what} {got}, expected {expected}")
         if differing:
