@@ -159,13 +159,14 @@ def perturbation_step_(
         tensor([[[0.3000, 0.4000]]])
     """
     mask = _check_step(delta, grad, mask, skipped)
-    if not torch.compiler.is_compiling() and delta.is_neg():  # which cannot be asked within a graph
-        raise ValueError("delta: got a view that negates its elements, expected x.resolve_neg()")
-    if span(delta)[1]:
-        raise ValueError(
-            f"delta: elements share memory (shape {tuple(delta.shape)}, strides {delta.stride()}), "
-            "expected a place of its own for each"
-        )
+    if not torch.compiler.is_compiling():  # within a graph neither can be asked
+        if delta.is_neg():
+            raise ValueError("delta: got a view that negates its elements, expected x.resolve_neg()")
+        if span(delta)[1]:
+            raise ValueError(
+                f"delta: elements share memory (shape {tuple(delta.shape)}, strides {delta.stride()}), "
+                "expected a place of its own for each"
+            )
     _step_(delta, grad, mask, skipped, *_check_options(step_size, epsilon, norm, scope, ascent))
     return delta
 
