@@ -222,15 +222,16 @@ def ema_work(shadow: str, parameter: str, stochastic: bool) -> Work:
 
     def compile(target: str) -> list[Code]:
         code, part = (gpu_code.ahead_of_time_cuda(target, head + s, EMA_THREADS, CSRC) for s in (whole, branch))
-        # of its loops the one for aligned tensors, which are read 16 bytes at a time
-        wide = tuple(loop for loop in part.loops if any("128" in opcode for opcode in loop if opcode.startswith("LDG")))
+        # of its loops the one for aligned tensors, which are read 16 bytes at a time; the shorter of two such copies
+        aligned = [loop for loop in part.loops if any("128" in opcode for opcode in loop if opcode.startswith("LDG"))]
+        wide = max(aligned, key=Counter.total)
         once = part.opcodes.copy()
         for loop in part.loops:
-            if loop not in wide:
+            if loop is not wide:
                 once -= loop
         programs = -(-BERT_BASE // _chunks.CHUNK)
         kernel = f"ema_update_kernel<{flag}>"
-        return [dataclasses.replace(code, kernel=kernel, opcodes=once, loops=wide, programs=programs)]
+        return [dataclasses.replace(code, kernel=kernel, opcodes=once, loops=(wide,), programs=programs)]
 
     name = f"{shadow}←{parameter}"
     sizes = DTYPES[shadow].itemsize, DTYPES[parameter].itemsize

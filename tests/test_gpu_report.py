@@ -140,13 +140,16 @@ def test_every_other_kernel(target: str) -> None:
     assert not any(row.spills for row in [*rows, start])
 
 
-def test_the_average_of_a_model() -> None:
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(("parameter", "bytes_an_element"), [("fp32", 12), ("bf16", 10)])
+def test_the_average_of_a_model(target: str, parameter: str, bytes_an_element: int) -> None:
     try:
         gpu_code.nvcc()
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    (row,) = gpu_report.predict(gpu_report.ema_work("fp32", "bf16", False), "sm_90")
-    assert (row.minimum, row.asked, row.from_memory, row.spills) == (10, 10, 10, 0)
+    (row,) = gpu_report.predict(gpu_report.ema_work("fp32", parameter, False), target)
+    assert (row.minimum, row.asked, row.from_memory) == (bytes_an_element,) * 3
+    assert row.spills == 0
     assert row.bound == "memory"
 
 
