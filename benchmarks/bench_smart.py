@@ -286,7 +286,7 @@ def cost_figure(cases: Sequence[Case], title: str, caption: str) -> Any:
                 axis.barh(place, found[name], height=0.7, color=OUR_COLOUR if ours else "#8C8C8C")
                 axis.annotate(
                     f"{found[name]:.2f}",
-                    (found[name], place),
+                    (max(found[name], OURS_STEPS[name][1] if ours else 0), place),
                     (4, 0),
                     textcoords="offset points",
                     va="center",
