@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from extension import for_each_lower_instruction_set, requires_extension, run_again
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Ema, ulp, wide
@@ -28,9 +26,6 @@ PAIRS = (*itertools.product(NARROW, NARROW), (torch.float64, torch.float64))
 SIZES = (1, 2, 3, 31, 33, 63, 64, 65, 127, 1000, 8191, 8192, 8193, 30522)
 DECAYS = (0.0, 1e-9, 0.1, 0.3, 0.5, 0.75, 0.99, 0.999, 0.9999999, 1.0)
 
-requires_extension = pytest.mark.skipif(
-    smart_kernels.COMPILED["_C"] is not None, reason="the compiled CPU kernels are not built here"
-)
 
 Update = Callable[..., None]
 
@@ -474,19 +469,11 @@ def test_same_bits_for_any_number_of_threads(seed: int | None) -> None:
         assert all(torch.equal(x, y) for x, y in zip(results[0], result, strict=True))
 
 
-@requires_extension
-@pytest.mark.skipif("SMART_KERNELS_ISA" in os.environ, reason="this run is for one instruction set already")
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@for_each_lower_instruction_set
 def test_every_instruction_set(isa: str) -> None:
     """The accuracy tests again in a process that keeps to a lower instruction set."""
     selection = "kernel and (accuracy or bit or special or strides or average) or properties or stochastic_rounding_is"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selection],
-        env={**os.environ, "SMART_KERNELS_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout
+    run_again(__file__, selection, isa)
 
 
 x, y = torch.zeros(4), torch.ones(4)

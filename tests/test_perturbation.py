@@ -8,8 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +16,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from extension import for_each_lower_instruction_set, requires_extension, run_again
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import PerturbationStep, wide
 
-import smart_kernels
 from smart_kernels import init_perturbation, perturbation_step, perturbation_step_, reference
 
 ops = torch.ops.smart_kernels
@@ -37,9 +35,6 @@ DTYPES = [  # of delta and of the gradient
 ]
 EPSILON, STEP = 1e-5, 2e-5
 
-requires_extension = pytest.mark.skipif(
-    smart_kernels.COMPILED["_C"] is not None, reason="the compiled CPU kernels are not built here"
-)
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="about the package as a whole, whatever the kernel")
 
 if INTERPRETED:
@@ -422,18 +417,10 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
 
 
 @not_interpreted
-@requires_extension
-@pytest.mark.skipif("SMART_KERNELS_ISA" in os.environ, reason="this run is for one instruction set already")
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@for_each_lower_instruction_set
 def test_every_instruction_set(isa: str) -> None:
     """The accuracy tests again in a process that keeps to a lower instruction set."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "cpp and (accuracy or start)"],
-        env={**os.environ, "SMART_KERNELS_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout
+    run_again(__file__, "cpp and (accuracy or start)", isa)
 
 
 @not_interpreted

@@ -117,6 +117,15 @@ def test_a_callable_gets_logits_and_batch() -> None:
         choose_divergence(lambda input, target, batch: 1.0, a, batch, PLAIN)(a, b)
 
 
+def test_a_count_is_not_rounded_to_the_dtype_of_a_callable() -> None:
+    """As in autocast: 70 000 is infinite in float16, and 1001 is 1000 in bfloat16."""
+    a = (logits(1001, 3).bfloat16(),)
+    for dtype, items in ((torch.float16, 70000.0), (torch.bfloat16, 1001.0)):
+        half = torch.tensor(0.5, dtype=dtype)
+        chosen = choose_divergence(lambda p, q, batch, half=half: half, a, {}, PLAIN, torch.tensor(items))
+        assert chosen(a, a).item() == pytest.approx(0.5 * 1001 / items, rel=1e-6)
+
+
 def test_a_batch_in_which_nothing_counts_adds_nothing_to_the_others() -> None:
     """Its own mean is 0, and so is its share of a sum over several batches."""
     a, b = (logits(2, 4, 3),), (logits(2, 4, 3),)

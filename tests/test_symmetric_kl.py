@@ -5,28 +5,22 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from extension import for_each_lower_instruction_set, requires_extension, run_again
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import SymmetricKL, wide
 from torch.autograd import gradcheck
 
-import smart_kernels
 from smart_kernels import SymmetricKLLoss, reference, symmetric_kl, symmetric_kl_grad
 
 ops = torch.ops.smart_kernels
 NONE, SUM, MEAN, BATCHMEAN = range(4)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DELTAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 1.0, 5.0, 20.0)
-
-requires_extension = pytest.mark.skipif(
-    smart_kernels.COMPILED["_C"] is not None, reason="the compiled CPU kernels are not built here"
-)
 
 
 class Kernel:
@@ -487,19 +481,10 @@ def test_same_bits_for_any_number_of_threads(shape: tuple[int, int]) -> None:
         assert all(torch.equal(x, y) for x, y in zip(results[0], result, strict=True))
 
 
-@requires_extension
-@pytest.mark.skipif("SMART_KERNELS_ISA" in os.environ, reason="this run is for one instruction set already")
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@for_each_lower_instruction_set
 def test_every_instruction_set(isa: str) -> None:
     """The accuracy tests again in a process that keeps to a lower instruction set."""
-    selection = "Kernel and (accuracy or special or masked or equal or strides)"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selection],
-        env={**os.environ, "SMART_KERNELS_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout
+    run_again(__file__, "Kernel and (accuracy or special or masked or equal or strides or bits)", isa)
 
 
 x = torch.zeros(2, 3)

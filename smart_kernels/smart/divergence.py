@@ -172,7 +172,7 @@ class Custom(Divergence):
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"divergence: the callable returned {got}, expected a scalar tensor")
-        return loss if self._num_items is None else self._mean(loss * self.count(input), input)
+        return loss if self._num_items is None else self._mean(_wide(loss) * self.count(input), input)
 
     def count(self, logits: Logits) -> int | Tensor:
         """As of the divergence that the logits' shape stands for."""
