@@ -6,7 +6,7 @@ Whatever a pass changes in the model (hooks, modes, flags) is as it was when the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from smart_kernels.smart.config import Logits
 from smart_kernels.smart.embedding import EmbeddingHook, perturb
+from smart_kernels.smart.masks import SharedMasks
 from smart_kernels.smart.parallel import Reduction, learns_static_graph, sharded_modules, without_reducer
 from smart_kernels.smart.teacher import Teacher
 
@@ -121,6 +122,7 @@ class Passes:
         self._dropout = dropout
         self._before: GeneratorStates = []
         self._after: GeneratorStates = []
+        self._masks = SharedMasks()
         self._in_backward = ExitStack()
 
     @contextmanager
@@ -137,6 +139,7 @@ class Passes:
         finally:
             set_generator_states(self._after)
             self._before = self._after = []
+            self._masks.clear()
 
     def before_backward(self, loss: Tensor) -> None:
         """Let the backward pass from here find the model as its forward passes did: what is checkpointed runs again."""
@@ -160,10 +163,11 @@ class Passes:
         """
         embeds = point = None
         if self.hook is None:
-            loss, logits = self._call(batch)
+            with self._sharing():
+                loss, logits = self._call(batch)
         else:
             apart = not torch.is_grad_enabled() or self._compiled() or learns_static_graph(self.model)
-            with self.hook.read(differentiable and not apart):
+            with self.hook.read(differentiable and not apart), self._sharing():
                 loss, logits = self._call(batch)
             embeds, point = self.hook.take()
         if self._dropout != "off":
@@ -214,10 +218,16 @@ class Passes:
         buffers = [b for m in modules for b in m.buffers(recurse=False) if b.is_floating_point() or b.dim() == 0]
         values = [b.detach().clone() for b in buffers]
         try:
-            yield
+            with self._sharing():
+                yield
         finally:
             for buffer, value in zip(buffers, values, strict=True):
                 buffer.data.copy_(value)  # which no backward pass takes for a change
+
+    def _sharing(self) -> AbstractContextManager[Any]:
+        """Masks that a step's passes share are drawn once, where to draw them takes long: on the CPU, uncompiled."""
+        on_cpu = len(self._before) == 1  # this device's generator, and no other
+        return self._masks if self._dropout == "shared" and on_cpu and not self._compiled() else nullcontext()
 
     def _compiled(self) -> bool:
         return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in self.model.modules())
