@@ -231,7 +231,7 @@ T long_row(const T* a, const T* b, int64_t cols, const Wanted<T>& want) {
   return at.spread <= kNear<T> ? row(std::true_type{}) : row(std::false_type{});
 }
 
-// Of kLanes rows at once, turned: vector j holds class j of each. What one look at them tells, d in place of t.
+// Of kLanes rows at once, turned: vector j holds class j of each. What one look at them tells.
 template <typename T>
 struct ShortSurvey {
   Vec<T> max_a, max_b, centre, spread;
@@ -269,81 +269,112 @@ SK_INLINE ShortSurvey<T> survey_short(const Vec<T>* a, const Vec<T>* b, Vec<T>* 
   return {max_a, max_b, centre, vmax(high - centre, centre - low), undefined, infinite};
 }
 
-// Their losses, all by one of the two ways. The gradients take the place of a and b, and t that of d.
+// What their gradients follow from, all rows done in one of the two ways. What is cheap to make is made anew from what
+// is kept: to store a vector takes as long as four operations.
 template <typename T, bool near>
-__attribute__((noinline)) Vec<T> finish_short(
-    Vec<T>* a, Vec<T>* b, Vec<T>* t, const ShortSurvey<T>& at, int cols, Vec<T> scale, bool detach) {
-  Vec<T> difference[kMaxTransposed];
+struct ShortRows {
+  const Vec<T>*a, *b, *d;  // near: expm1(d - centre), far: p; exp(b - max_b); a - b
+  const Vec<T>* difference;  // far: p - q
+  Vec<T> centre, inv_b{}, s{}, ratio{}, offset{};
+  Vec<T> loss{}, kl_pq{}, kl_qp{};
+
+  struct Class {
+    Vec<T> p, q, difference, t;
+  };
+  SK_INLINE Class operator[](int j) const {
+    const Vec<T> q = b[j] * inv_b, t = (d[j] - centre) - s;
+    if constexpr (near) {
+      const Vec<T> x = q * (a[j] * ratio + offset);  // q expm1(d - centre - s)
+      return {q + x, q, x, t};
+    } else {
+      return {a[j], q, difference[j], t};
+    }
+  }
+  SK_INLINE Vec<T> grad_a(int j, Vec<T> scale, T own) const {
+    const Class x = (*this)[j];
+    return (x.p * (x.t - kl_pq) * own + x.difference) * scale;
+  }
+  SK_INLINE Vec<T> grad_b(int j, Vec<T> scale, T own) const {
+    const Class x = (*this)[j];
+    return (x.q * (x.t + kl_qp) * own + x.difference) * -scale;
+  }
+};
+
+// The rows' sums; what is kept takes the place of a and b.
+template <typename T, bool near>
+__attribute__((noinline)) ShortRows<T, near> sum_short(
+    Vec<T>* a, Vec<T>* b, const Vec<T>* d, Vec<T>* difference, const ShortSurvey<T>& at, int cols) {
+  ShortRows<T, near> rows{a, b, d, difference, at.centre};
   Vec<T> sum_a{}, sum_b{}, drift{};
   for (int j = 0; j < cols; ++j) {
-    t[j] -= at.centre;
     b[j] = exp_nonpositive<T>(b[j] - at.max_b);
     sum_b += b[j];
     if constexpr (near) {
-      difference[j] = expm1_small<T>(t[j]);
-      drift += b[j] * difference[j];
+      a[j] = expm1_small<T>(d[j] - at.centre);
+      drift += b[j] * a[j];
     } else {
       a[j] = exp_nonpositive<T>(a[j] - at.max_a);
       sum_a += a[j];
     }
   }
-  const Vec<T> inv_a = T(1) / sum_a, inv_b = T(1) / sum_b;
-  Vec<T> s;
-  if constexpr (near) s = log1p<T>(drift / sum_b);
-  else s = log_positive<T>(sum_a / sum_b) + (at.max_a - at.max_b - at.centre);
-  const Vec<T> offset = expm1_small<T>(-s), ratio = offset + T(1);  // where all are near
-
-  Vec<T> loss{}, kl_pq{}, kl_qp{};
-  for (int j = 0; j < cols; ++j) {
-    t[j] -= s;
-    b[j] *= inv_b;
-    if constexpr (near) {
-      difference[j] = b[j] * (difference[j] * ratio + offset);  // q expm1(d - s)
-      a[j] = b[j] + difference[j];
-    } else {
-      const Mask<T> close = vabs<T>(t[j]) <= kNear<T>;
-      const Vec<T> p = a[j] * inv_a, small = b[j] * expm1_small<T>(t[j]);
-      difference[j] = close ? small : p - b[j];
-      a[j] = close ? b[j] + small : p;
-    }
-    loss += difference[j] * t[j];
-    kl_pq += a[j] * t[j];
-    kl_qp -= b[j] * t[j];
-  }
-  loss = at.undefined ? set1(kNan<T>) : at.infinite ? set1(kInf<T>) : loss;
-  scale = at.undefined | at.infinite ? set1(kNan<T>) : scale;
-  if (detach) {
+  rows.inv_b = T(1) / sum_b;
+  const auto add = [&](Vec<T> p, Vec<T> q, Vec<T> difference, Vec<T> t) SK_LAMBDA {
+    rows.loss += difference * t;
+    rows.kl_pq += p * t;
+    rows.kl_qp -= q * t;
+  };
+  if constexpr (near) {
+    rows.s = log1p<T>(drift / sum_b);
+    rows.offset = expm1_small<T>(-rows.s);
+    rows.ratio = rows.offset + T(1);
     for (int j = 0; j < cols; ++j) {
-      a[j] = difference[j] * scale;
-      b[j] = -a[j];
+      const auto x = rows[j];
+      add(x.p, x.q, x.difference, x.t);
     }
   } else {
+    rows.s = log_positive<T>(sum_a / sum_b) + (at.max_a - at.max_b - at.centre);
+    const Vec<T> inv_a = T(1) / sum_a;
     for (int j = 0; j < cols; ++j) {
-      a[j] = (a[j] * (t[j] - kl_pq) + difference[j]) * scale;
-      b[j] = (b[j] * (t[j] + kl_qp) + difference[j]) * -scale;
+      const Vec<T> q = b[j] * rows.inv_b, t = (d[j] - at.centre) - rows.s;
+      const Mask<T> close = vabs<T>(t) <= kNear<T>;
+      const Vec<T> x = close ? q * expm1_small<T>(t) : a[j] * inv_a - q, p = close ? q + x : a[j] * inv_a;
+      add(p, q, x, t);
+      difference[j] = x;
+      a[j] = p;
     }
   }
-  return loss;
+  return rows;
 }
 
 // Rows of both kinds are done both ways, so that the bits of a row never depend on the rows beside it.
 template <typename T>
-Vec<T> short_rows(Vec<T>* a, Vec<T>* b, int cols, Vec<T> scale, bool detach) {
-  Vec<T> t[kMaxTransposed];
-  const ShortSurvey<T> at = survey_short<T>(a, b, t, cols);
-  const Mask<T> near = at.spread <= kNear<T>;
-  if (!any<T>(~near)) return finish_short<T, true>(a, b, t, at, cols, scale, detach);
-  if (!any<T>(near)) return finish_short<T, false>(a, b, t, at, cols, scale, detach);
-  Vec<T> a_near[kMaxTransposed], b_near[kMaxTransposed], t_near[kMaxTransposed];
-  const auto copy = [&](const Vec<T>* from, Vec<T>* to) { std::copy_n(from, cols, to); };
-  copy(a, a_near), copy(b, b_near), copy(t, t_near);
-  const Vec<T> loss_near = finish_short<T, true>(a_near, b_near, t_near, at, cols, scale, detach);
-  const Vec<T> loss = finish_short<T, false>(a, b, t, at, cols, scale, detach);
-  for (int j = 0; j < cols; ++j) {
-    a[j] = near ? a_near[j] : a[j];
-    b[j] = near ? b_near[j] : b[j];
+struct MixedRows {
+  ShortRows<T, true> near;
+  ShortRows<T, false> far;
+  Mask<T> is_near;
+  Vec<T> loss;
+
+  SK_INLINE Vec<T> grad_a(int j, Vec<T> scale, T own) const {
+    return is_near ? near.grad_a(j, scale, own) : far.grad_a(j, scale, own);
   }
-  return near ? loss_near : loss;
+  SK_INLINE Vec<T> grad_b(int j, Vec<T> scale, T own) const {
+    return is_near ? near.grad_b(j, scale, own) : far.grad_b(j, scale, own);
+  }
+};
+
+// Calls f with what the gradients of the rows follow from.
+template <typename T, typename F>
+SK_INLINE void short_rows(Vec<T>* a, Vec<T>* b, const Vec<T>* d, const ShortSurvey<T>& at, int cols, F&& f) {
+  Vec<T> difference[kMaxTransposed];
+  const Mask<T> near = at.spread <= kNear<T>;
+  if (!any<T>(~near)) return f(sum_short<T, true>(a, b, d, difference, at, cols));
+  if (!any<T>(near)) return f(sum_short<T, false>(a, b, d, difference, at, cols));
+  Vec<T> a_near[kMaxTransposed], b_near[kMaxTransposed];
+  std::copy_n(a, cols, a_near), std::copy_n(b, cols, b_near);
+  MixedRows<T> rows{
+      sum_short<T, true>(a_near, b_near, d, nullptr, at, cols), sum_short<T, false>(a, b, d, difference, at, cols), near};
+  rows.loss = near ? rows.near.loss : rows.far.loss;
+  f(rows);
 }
 
 // Some rows in memory, side by side, to vectors of one class each, and back.
@@ -360,18 +391,27 @@ void turn_in(const T* rows, int count, int cols, Vec<T>* out) {
   for (int i = 0; i < count; ++i)
     for (int k = j; k < cols; ++k) lanes[k * N + i] = rows[i * cols + k];
 }
-template <typename T>
-void turn_out(Vec<T>* x, int count, int cols, T* rows) {
+template <typename T, typename F>
+SK_INLINE void turn_out(F&& column, int count, int cols, T* rows) {
   constexpr int N = kLanes<T>;
   int j = 0;
   if (count == N)
     for (; j + N <= cols; j += N) {
-      transpose<T>(x + j);
-      for (int i = 0; i < N; ++i) store(rows + i * cols + j, x[j + i]);
+      Vec<T> tile[N];
+#pragma GCC unroll 32
+      for (int i = 0; i < N; ++i) tile[i] = column(j + i);
+      transpose<T>(tile);
+#pragma GCC unroll 32
+      for (int i = 0; i < N; ++i) store(rows + i * cols + j, tile[i]);
     }
-  const T* const lanes = reinterpret_cast<const T*>(x);
-  for (int i = 0; i < count; ++i)
-    for (int k = j; k < cols; ++k) rows[i * cols + k] = lanes[k * N + i];
+  for (; j < cols; ++j) {
+    const Vec<T> x = column(j);
+    if (count == N)
+#pragma GCC unroll 32
+      for (int i = 0; i < N; ++i) rows[i * cols + j] = x[i];
+    else
+      for (int i = 0; i < count; ++i) rows[i * cols + j] = x[i];
+  }
 }
 
 // `cols` values of any dtype and stride in contiguous T, and back.
@@ -445,7 +485,8 @@ void run_rows(const SymmetricKLJob& job, int64_t begin, int64_t end) {
   const T common = T(job.scale * (upstream && !row_upstream ? upstream[0] : T(1)));
 
   if (cols <= kMaxTransposed) {
-    Vec<T> a[kMaxTransposed], b[kMaxTransposed];
+    Vec<T> a[kMaxTransposed], b[kMaxTransposed], d[kMaxTransposed];
+    const T own = job.detach_targets ? T(0) : T(1);
     T scratch[kMaxTransposed * N];
     std::memset(a, 0, cols * sizeof *a);  // lanes that never hold a row hold numbers
     std::memset(b, 0, cols * sizeof *b);
@@ -463,16 +504,20 @@ void run_rows(const SymmetricKLJob& job, int64_t begin, int64_t end) {
           b[j] = factor == Vec<T>{} ? Vec<T>{} : b[j];
         }
       }
-      const Vec<T> loss = short_rows<T>(a, b, int(cols), scale, job.detach_targets);
-      if (losses) store_n(losses + first, loss, count);
-      const auto write = [&](const Gradient<T>& grad, Vec<T>* x) {
-        if (!grad.data) return;
-        T* const rows = grad.at(first * cols, scratch);
-        turn_out(x, count, int(cols), rows);
-        grad.round(rows, first * cols, count * cols);
-      };
-      write(grad_a, a);
-      write(grad_b, b);
+      const ShortSurvey<T> at = survey_short<T>(a, b, d, int(cols));
+      scale = at.undefined | at.infinite ? set1(kNan<T>) : scale;
+      short_rows<T>(a, b, d, at, int(cols), [&](const auto& of) SK_LAMBDA {
+        if (losses)
+          store_n(losses + first, at.undefined ? set1(kNan<T>) : at.infinite ? set1(kInf<T>) : of.loss, count);
+        const auto write = [&](const Gradient<T>& grad, auto&& column) SK_LAMBDA {
+          if (!grad.data) return;
+          T* const rows = grad.at(first * cols, scratch);
+          turn_out<T>(column, count, int(cols), rows);
+          grad.round(rows, first * cols, count * cols);
+        };
+        write(grad_a, [&](int j) SK_LAMBDA { return of.grad_a(j, scale, own); });
+        write(grad_b, [&](int j) SK_LAMBDA { return of.grad_b(j, scale, own); });
+      });
     }
     return;
   }

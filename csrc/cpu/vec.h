@@ -46,11 +46,19 @@ SK_INLINE void store(T* p, Vec<T> v) {
 template <typename T>
 SK_INLINE Vec<T> load_n(const T* p, int n, T fill) {
   Vec<T> v = set1(fill);
+#if SK_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) return (Vec<T>)_mm512_mask_loadu_ps((__m512)v, (1u << n) - 1, p);
+  else return (Vec<T>)_mm512_mask_loadu_pd((__m512d)v, (1u << n) - 1, p);
+#endif
   __builtin_memcpy(&v, p, n * sizeof(T));
   return v;
 }
 template <typename T>
 SK_INLINE void store_n(T* p, Vec<T> v, int n) {
+#if SK_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v);
+  else return _mm512_mask_storeu_pd(p, (1u << n) - 1, (__m512d)v);
+#endif
   __builtin_memcpy(p, &v, n * sizeof(T));
 }
 
