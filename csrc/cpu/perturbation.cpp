@@ -36,7 +36,7 @@ Move plan(const StepJob& job, const Partial* parts, int64_t count) {
     const Partial& part = parts[i];
     unit.delta_delta += part.delta_delta;
     if (!moves || part.largest == 0) continue;
-    const double ratio = unit.scale / part.scale;  // at most 1
+    const double ratio = unit.scale / part.scale;
     unit.dd += part.dd * ratio * ratio;
     unit.d_delta += part.d_delta * ratio;
   }

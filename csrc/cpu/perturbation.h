@@ -60,7 +60,7 @@ struct StepJob {
 };
 
 // What a part of a unit tells of the gradient's direction d (g, or its signs) and of delta. The sums over d are of
-// d * scale, a power of two that takes the largest |g| to 1 or 2, so that no square over- or underflows.
+// d * scale, a power of two by which no square over- or underflows.
 struct Partial {
   double largest;  // |g|; not finite where one is not
   double scale;

@@ -72,8 +72,7 @@ struct Largest {
 
   SK_INLINE void add(Vec<T> x) { lanes = vmax((Mask<T>)vabs<T>(x), lanes); }
   T total() const {
-    auto bits = lanes[0];
-    for (int i = 1; i < kLanes<T>; ++i) bits = std::max(bits, lanes[i]);
+    const auto bits = reduce<T>(lanes, [](Mask<T> x, Mask<T> y) SK_LAMBDA { return vmax(x, y); });
     T x;
     std::memcpy(&x, &bits, sizeof x);
     return x;
@@ -85,35 +84,47 @@ SK_INLINE Vec<T> sign(Vec<T> x) {
   return x > Vec<T>{} ? set1(T(1)) : x < Vec<T>{} ? set1(T(-1)) : Vec<T>{};
 }
 
+// The squares of what float holds are all in double's range; those of double's need a scale, found first.
 template <typename T, typename G>
 Partial gather(const StepJob& job, int64_t unit, int64_t begin, int64_t end) {
   const auto grad = [&](int64_t row) { return static_cast<const G*>(job.grad.row(row)); };
+  Partial part{0, 1, 0, 0, 0};
   Largest<T> largest;
-  for_pieces(job, unit, begin, end, [&](int64_t row, int64_t column, int64_t n) SK_LAMBDA {
-    const G* g = grad(row) + column;
-    Largest<T> most = largest;
-    for_vectors<T>(n, [&](auto load, int64_t, int) SK_LAMBDA { most.add(load(g)); });
-    largest = most;
-  });
-  Partial part{double(largest.total()), 1, 0, 0, 0};
-  if (job.norm == kLinf) return part;
+  if (job.norm == kLinf || std::is_same_v<T, double>) {
+    for_pieces(job, unit, begin, end, [&](int64_t row, int64_t column, int64_t n) SK_LAMBDA {
+      const G* g = grad(row) + column;
+      Largest<T> most = largest;
+      for_vectors<T>(n, [&](auto load, int64_t, int) SK_LAMBDA { most.add(load(g)); });
+      largest = most;
+    });
+    part.largest = largest.total();
+    if (job.norm == kLinf) return part;
+  }
 
   const bool signs = job.ascent == kSign;
-  if (!signs) part.scale = scale_of<T>(part.largest);
+  if (std::is_same_v<T, double> && !signs) part.scale = scale_of<T>(part.largest);
   const T scale = T(part.scale);
   Sum<T> dd, d_delta, delta_delta;
-  for_pieces(job, unit, begin, end, [&](int64_t row, int64_t column, int64_t n) SK_LAMBDA {
-    const G* g = grad(row) + column;
-    const T* delta = static_cast<const T*>(job.delta.row(row)) + column;
-    Sum<T> a = dd, b = d_delta, c = delta_delta;
-    for_vectors<T>(n, [&](auto load, int64_t, int) SK_LAMBDA {
-      const Vec<T> x = load(delta), d = signs ? sign<T>(load(g)) : load(g) * scale;
-      a.add(d, d);
-      b.add(d, x);
-      c.add(x, x);
+  const auto sum = [&](auto&& direction) SK_LAMBDA {
+    for_pieces(job, unit, begin, end, [&](int64_t row, int64_t column, int64_t n) SK_LAMBDA {
+      const G* g = grad(row) + column;
+      const T* delta = static_cast<const T*>(job.delta.row(row)) + column;
+      Sum<T> a = dd, b = d_delta, c = delta_delta;
+      Largest<T> most = largest;
+      for_vectors<T>(n, [&](auto load, int64_t, int) SK_LAMBDA {
+        const Vec<T> x = load(delta), y = load(g), d = direction(y);
+        if constexpr (std::is_same_v<T, float>) most.add(y);
+        a.add(d, d);
+        b.add(d, x);
+        c.add(x, x);
+      });
+      dd = a, d_delta = b, delta_delta = c, largest = most;
     });
-    dd = a, d_delta = b, delta_delta = c;
-  });
+  };
+  if (signs) sum([](Vec<T> g) SK_LAMBDA { return sign<T>(g); });
+  else if constexpr (std::is_same_v<T, float>) sum([](Vec<T> g) SK_LAMBDA { return g; });
+  else sum([scale](Vec<T> g) SK_LAMBDA { return g * scale; });
+  part.largest = largest.total();
   part.dd = dd.total();
   part.d_delta = d_delta.total();
   part.delta_delta = delta_delta.total();

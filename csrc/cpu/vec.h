@@ -154,11 +154,19 @@ SK_INLINE Vec<T> vabs(Vec<T> x) {
   return (Vec<T>)((Mask<T>)x & std::numeric_limits<std::remove_reference_t<decltype(Mask<T>{}[0])>>::max());
 }
 
+// All lanes by one operation, halves with each other: the serial way takes as long as a hundred elements.
+template <int step, typename V, size_t... lane>
+SK_INLINE V swap_lanes(V v, std::index_sequence<lane...>) {
+  return __builtin_shufflevector(v, v, int(lane ^ step)...);
+}
+template <typename T, int step = kLanes<T> / 2, typename V, typename F>
+SK_INLINE auto reduce(V v, F&& f) {
+  if constexpr (step == 0) return v[0];
+  else return reduce<T, step / 2>(f(v, swap_lanes<step>(v, std::make_index_sequence<kLanes<T>>())), f);
+}
 template <typename T>
 SK_INLINE T reduce_add(Vec<T> v) {
-  T sum = v[0];
-  for (int i = 1; i < kLanes<T>; ++i) sum += v[i];
-  return sum;
+  return reduce<T>(v, [](Vec<T> x, Vec<T> y) SK_LAMBDA { return x + y; });
 }
 template <typename T>
 SK_INLINE bool any(Mask<T> m) {
