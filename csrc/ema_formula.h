@@ -38,16 +38,26 @@ SK_INLINE V weighted_sum(V e, V p, const Coefficients<S>& k) {
 // e + (1 - decay)(p - e), off by less than 0.8 units in the last place of the result. Where e moves by up to an eighth
 // of itself, the roundings of the weight and of the distance are an eighth of what they are elsewhere: too little to
 // keep. To a narrow shadow they matter only where the step and e cancel to a 512th, and where the distance overflows.
+template <typename V, typename S>
+SK_INLINE V plain_move(V e, V p, const Coefficients<S>& k) {
+  return fused(subtract(p, e), k.weight, e);
+}
+// Whether that will do
+template <bool kNarrow, typename V, typename S>
+SK_INLINE bool moves_little(V e, V p, const Coefficients<S>& k) {
+  const V distance = magnitude(subtract(p, e));
+  if constexpr (kNarrow) return all_less(multiply(distance, k.weight / 512), magnitude(plain_move(e, p, k)));
+  else return all_at_most(multiply(distance, k.weight * 8), magnitude(e));
+}
+template <bool kNarrow, typename V, typename S>
+SK_INLINE V any_move(V e, V p, const Coefficients<S>& k) {
+  const V distance = magnitude(subtract(p, e)), moved = plain_move(e, p, k), exact = weighted_sum(e, p, k);
+  if constexpr (kNarrow) return select(multiply(distance, k.weight / 512) < magnitude(moved), moved, exact);
+  else return select(multiply(distance, k.weight * 8) <= magnitude(e), moved, exact);
+}
 template <bool kNarrow, typename V, typename S>
 SK_INLINE V move_towards(V e, V p, const Coefficients<S>& k) {
-  const V distance = subtract(p, e), moved = fused(distance, k.weight, e);
-  if constexpr (kNarrow) {
-    const V step = multiply(magnitude(distance), k.weight / 512), bound = magnitude(moved);
-    return all_less(step, bound) ? moved : select(step < bound, moved, weighted_sum(e, p, k));
-  } else {
-    const V step = multiply(magnitude(distance), k.weight * 8), bound = magnitude(e);
-    return all_at_most(step, bound) ? moved : select(step <= bound, moved, weighted_sum(e, p, k));
-  }
+  return moves_little<kNarrow>(e, p, k) ? plain_move(e, p, k) : any_move<kNarrow>(e, p, k);
 }
 
 // What a narrow format drops of a float's mantissa, its smallest exponent (as a float's is stored), its largest number

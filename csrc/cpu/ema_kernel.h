@@ -112,6 +112,30 @@ SK_INLINE auto moved(const E* e, const P* p, const Coefficients<Arithmetic<E>>& 
   else return move_towards<sizeof(E) == 2>(load(e), load(p), k);
 }
 
+// Of some vectors side by side. Where one in a few moves far, a branch for each would be predicted badly.
+constexpr int kTogether = 4;
+template <bool kCopy, typename E, typename P>
+SK_INLINE void move_together(E* e, const P* p, const Coefficients<Arithmetic<E>>& k) {
+  constexpr int N = kLanes<Arithmetic<E>>;
+  constexpr bool kNarrow = sizeof(E) == 2;
+  Vec<Arithmetic<E>> from[kTogether], to[kTogether];
+  bool little = true;
+#pragma GCC unroll 4
+  for (int j = 0; j < kTogether; ++j) {
+    to[j] = load(p + j * N);
+    if constexpr (kCopy) continue;
+    from[j] = load(static_cast<const E*>(e + j * N));
+    little &= moves_little<kNarrow>(from[j], to[j], k);
+  }
+  if (kCopy)
+    for (int j = 0; j < kTogether; ++j) store(e + j * N, to[j]);
+  else if (little)
+#pragma GCC unroll 4
+    for (int j = 0; j < kTogether; ++j) store(e + j * N, plain_move(from[j], to[j], k));
+  else
+    for (int j = 0; j < kTogether; ++j) store(e + j * N, any_move<kNarrow>(from[j], to[j], k));
+}
+
 // Of elements that lie dense. The last vector overlaps the one before it: it is taken before that is stored.
 // Meanwhile memory that comes later, if it is given, is asked for.
 template <bool kCopy, typename E, typename P>
@@ -120,13 +144,16 @@ SK_INLINE void update_nearest(
   constexpr int N = kLanes<Arithmetic<E>>;
   const int64_t tail = count - N;
   const auto last = moved<kCopy>(static_cast<const E*>(e + tail), p + tail, k);
-  for (int64_t i = 0; i < tail; i += N) {
-    if (later_e) {
-      __builtin_prefetch(later_e + i, 0, 2);
-      __builtin_prefetch(later_p + i, 0, 2);
-    }
-    store(e + i, moved<kCopy>(static_cast<const E*>(e + i), p + i, k));
+  int64_t i = 0;
+  for (; i + (kTogether - 1) * N < tail; i += kTogether * N) {
+    if (later_e)
+      for (int j = 0; j < kTogether; ++j) {
+        __builtin_prefetch(later_e + i + j * N, 0, 2);
+        __builtin_prefetch(later_p + i + j * N, 0, 2);
+      }
+    move_together<kCopy>(e + i, p + i, k);
   }
+  for (; i < tail; i += N) store(e + i, moved<kCopy>(static_cast<const E*>(e + i), p + i, k));
   store(e + tail, last);
 }
 
