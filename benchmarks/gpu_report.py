@@ -310,6 +310,8 @@ def geometry(code: Code, read: int) -> tuple[int, int]:
     """Elements of a program's tile, each with so many bytes to read, and how many tiles pass one after another."""
     known = code.constants
     if "BLOCK_N" in known:
+        if known.get("HELD") and not code.loops:
+            return known["BLOCK_N"] * known["HELD"], 1
         return known["BLOCK_M"] * known["BLOCK_N"], known["SPAN"] // known["BLOCK_N"] if code.loops else 1
     if code.kernel == "_init_kernel":
         return 4 * known["BLOCK"], 1

@@ -37,8 +37,8 @@ def gradient_of_one_side(cols: int, dtype: torch.dtype) -> Launch:
 
 NARROW = (torch.float32, torch.bfloat16)
 CASES = [
-    *((loss_and_gradients, cols, dtype) for cols in (3, 1024, 30522, 131072) for dtype in NARROW),
-    *((launch, 1024, torch.bfloat16) for launch in (loss_alone, gradient_of_one_side)),
+    *((loss_and_gradients, cols, dtype) for cols in (3, 1024, 16384, 30522, 131072) for dtype in NARROW),
+    *((launch, cols, torch.bfloat16) for launch in (loss_alone, gradient_of_one_side) for cols in (1024, 16384)),
 ]
 
 
@@ -52,6 +52,8 @@ def test_no_spills_and_accesses_as_wide_as_rows_are_aligned(
     launcher, arguments = launch(cols, dtype)
     (code,) = ahead_of_time(target, launcher, *arguments)
     width = math.gcd(16, cols * dtype.itemsize)
+    if target == "gfx942" and cols == 16384 and launch is loss_and_gradients:
+        width = min(width, 4 * dtype.itemsize)  # its warps have twice the threads, which leaves each 4 elements
     assert code.spills == code.scratch == 0
     assert set(code.loads) == {width}
     assert launch is loss_alone or code.stores[width] > 0

@@ -66,6 +66,16 @@ def test_accuracy(tool: ModuleType, cols: int, dtype: torch.dtype) -> None:
     check(tool, *logits(cols, dtype))
 
 
+@pytest.mark.parametrize(
+    ("cols", "dtype"), [(9000, torch.float32), (16382, torch.bfloat16), (16383, torch.bfloat16), (16384, torch.float32)]
+)
+def test_accuracy_of_rows_held_in_registers(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, cols: int, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(tiles, "PROGRAMS", 1)  # else so few rows are split
+    check(tool, *logits(cols, dtype))
+
+
 @pytest.mark.parametrize(("cols", "dtype"), [(33, torch.float16), (40, torch.float64), (262144, torch.float32)])
 def test_accuracy_of_other_dtypes_and_of_a_quarter_of_a_million_classes(
     tool: ModuleType, cols: int, dtype: torch.dtype
@@ -96,9 +106,13 @@ def test_equal_logits_give_exact_zeros(tool: ModuleType, cols: int, dtype: torch
     assert all((result == 0).all() for result in results)
 
 
-@pytest.mark.parametrize("cols", [33, 9000])
-def test_weights_upstream_and_special_rows(tool: ModuleType, cols: int) -> None:
+@pytest.mark.parametrize(("cols", "programs"), [(33, 1), (9000, 256), (9000, 1)])
+def test_weights_upstream_and_special_rows(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, cols: int, programs: int
+) -> None:
+    monkeypatch.setattr(tiles, "PROGRAMS", programs)
     a, b = logits(cols, torch.float32)
+    a[12], b[12] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).min  # as some mask
     weight = torch.rand(13)
     a[0], b[1], weight[:2] = math.nan, math.inf, 0  # whatever a row of weight 0 holds
     a[2, 1] = b[2, 1] = -math.inf  # absent

@@ -48,10 +48,10 @@ def triton_launchers() -> type[Kernel]:
         backward = staticmethod(kernels.symmetric_kl_backward)
         forward_backward = staticmethod(kernels.symmetric_kl_forward_backward)
 
-    # Every program and every block takes the interpreter as long, so that few large ones are fast: one for all rows of
-    # up to 8192 classes, up to four blocks for longer ones.
-    kernels._tile = lambda cols, dtype: (
-        (64, 1 << (cols - 1).bit_length(), 1) if cols <= 8192 else (4, 1 << (cols // 4).bit_length(), 1)
+    # Every program takes the interpreter as long, so that one for many rows is fast.
+    choose = kernels.tiles.choose
+    kernels.tiles.choose = lambda kernel, cols: (
+        kernels.tiles.Tile(32, 1 << (cols - 1).bit_length(), 1) if cols <= 8192 else choose(kernel, cols)
     )
     return Triton
 

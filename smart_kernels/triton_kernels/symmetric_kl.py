@@ -9,9 +9,10 @@ The other sum, skew = Σ w t = KL(p||q) - KL(q||p), gives both divergences, and 
 
     ∂loss/∂a = p (t - KL(p||q)) + x,   ∂loss/∂b = -q (t + KL(q||p)) - x.
 
-A row that fits into the registers of a program is read once. A longer one is compared part by part: what a thread
-reads of a block is merged with what it has read before, and in the end all threads' parts with each other, compared as
-if they were classes, by the chain rule of the divergence. Where such rows are few, several programs share one: a first
+A row that a program can compare at once is read once. A longer one is compared block by block: what a thread knows of
+the blocks before is one class more among those that it reads of the next, by the chain rule of the divergence, and in
+the end all threads' parts are compared as if they were classes. For the gradients the blocks are gone through again:
+held in registers where there are enough, else read again. Where such rows are few, several programs share one: a first
 launch leaves the parts of each, a second merges them and writes the gradients.
 """
 
@@ -23,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq, is_hip
 
 from smart_kernels import reference
 from smart_kernels.triton_kernels import tiles
@@ -42,9 +44,9 @@ def _tanh_half(t):
 
 
 @triton.jit
-def _exp(x):
-    """exp(x); below 2^-126 it is 0 in fp32, where a GPU's own instruction saves the four that scale."""
-    return tl.exp(x) if x.dtype == tl.float64 else tl.exp2(x * _LOG2_E)
+def _exp(x, top):
+    """exp(x - top); below 2^-126 it is 0 in fp32, where a GPU's own instruction saves the four that scale."""
+    return tl.exp(x - top) if x.dtype == tl.float64 else tl.exp2((x - top) * _LOG2_E)
 
 
 @triton.jit
@@ -69,57 +71,69 @@ def _sums_of_three(x, y, z):
 
 
 @triton.jit
-def _softmaxes(a, mass_a, b, mass_b):
-    """The probabilities of classes with logits a + log(mass_a), so of b; the largest a, b and the sums of each row."""
-    top_a, top_b = tl.split(tl.max(tl.join(a, b), 1))
-    # A block of nothing but absent classes has no mass; -inf - -inf and 0 / 0 must not spoil the row that it is in.
-    p = mass_a * _exp(a - tl.where(top_a == -float("inf"), 0, top_a)[:, None])
-    q = mass_b * _exp(b - tl.where(top_b == -float("inf"), 0, top_b)[:, None])
-    sum_a, sum_b = _sums(p, q)
-    p *= tl.where(sum_a == 0, 0, 1 / sum_a)[:, None]
-    q *= tl.where(sum_b == 0, 0, 1 / sum_b)[:, None]
-    return p, top_a, sum_a, q, top_b, sum_b
-
-
-@triton.jit
 def _difference(p, q, d, s):
-    """The tensors w = p + q, x = p - q and t = log(p / q) = d - s, with d = a - b."""
-    w, t = p + q, d - s[:, None]
+    """Of classes w = p + q, x = p - q and t = log(p / q) = d - s, with d = a - b."""
+    w, t = p + q, d - s
+    t = tl.where(t == t, t, 0)  # -inf - -inf: a class that is absent. A row that holds a NaN gets it from its sums
     # Beyond |s| = 1024 the rounding of t is more than what p - q loses.
-    near = tl.abs(t) <= tl.where(tl.abs(s) <= 1024, _SMALL, -1)[:, None]
+    near = tl.abs(t) <= tl.where(tl.abs(s) <= 1024, _SMALL, -1)
     return w, tl.where(near, w * _tanh_half(t), p - q), t
 
 
 @triton.jit
-def _compare(a, mass_a, b, mass_b, d):
+def _compare(a, mass_a, b, mass_b, d, known):
     """Compare two distributions over classes of logits a + log(mass_a) and b + log(mass_b), which differ by d.
 
-    Returns w, x and t of each class, and of each row the error of t: `_settle` takes it out of x. Of each row, too, s,
-    the loss, the skew, and the maximum and sum of each softmax, which are free of it.
+    Returns w, x and t of each class, w and x times the sum of the softmax of a; of each row the reciprocal of that sum;
+    the error of t, which `_settle` takes out of x; and what is known of the row: s, free of that error, the loss, the
+    skew, and the maximum and sum of each softmax. What is `known` of further classes already counts as one more class.
     """
-    p, top_a, sum_a, q, top_b, sum_b = _softmaxes(a, mass_a, b, mass_b)
+    top_a, top_b = tl.split(tl.max(tl.join(a, b), 1))
+    if known is not None:
+        top_a, top_b = tl.maximum(top_a, known[3]), tl.maximum(top_b, known[5])
+    # A block of nothing but absent classes has no mass; -inf - -inf and 0 / 0 must not spoil the row that it is in.
+    from_a = tl.where(top_a == -float("inf"), 0, top_a)
+    from_b = tl.where(top_b == -float("inf"), 0, top_b)
+    p, q = mass_a * _exp(a, from_a[:, None]), mass_b * _exp(b, from_b[:, None])
+    sum_a, sum_b = _sums(p, q)
+    if known is not None:
+        p0, q0 = known[4] * _exp(known[3], from_a), known[6] * _exp(known[5], from_b)
+        sum_a += p0
+        sum_b += q0
+    over, ratio = tl.where(sum_a == 0, 0, 1 / sum_a), tl.where(sum_b == 0, 0, sum_a / sum_b)
     s = tl.where(top_a == top_b, 0, top_a - top_b) + tl.where(sum_a == sum_b, 0, tl.log(sum_a / sum_b))
-    w, x, t = _difference(p, q, d, s)
+    w, x, t = _difference(p, q * ratio[:, None], d, s[:, None])
     # s is good to 1e-7 only, which is much where all t are 1e-6; but its error is what Σ x shows, as Σ p = Σ q. With
     # t - error and x - error w / 2 in their places the sums are these. |x t|, as x and t have one sign, is no fused
-    # multiply-add, which gives all lanes that add up a row the same bits.
-    error, loss, skew = _sums_of_three(x, tl.abs(x * t), w * t)
-    return w, x, t, error, s + error, loss - 0.5 * error * skew, skew - 2 * error, top_a, sum_a, top_b, sum_b
+    # multiply-add, which gives all lanes that add up a row the same bits; a thread's own group has but one.
+    xt = tl.abs(x * t) if known is None else x * t
+    error, loss, skew = _sums_of_three(x, xt, w * t)
+    if known is not None:
+        w0, x0, t0 = _difference(p0, q0 * ratio, known[0], s)
+        error, loss, skew = error + x0, loss + x0 * t0, skew + w0 * t0
+    error, loss, skew = error * over, loss * over, skew * over
+    loss, skew = loss - 0.5 * error * skew, skew - 2 * error
+    if known is not None:
+        w0, x0 = w0 * over, _settle(w0, x0, error) * over
+        loss += 0.5 * (w0 * known[1] + x0 * known[2])
+        skew += 0.5 * (w0 * known[2] + x0 * known[1])
+    return w, x, t, over, error, (s + error, loss, skew, top_a, sum_a, top_b, sum_b)
 
 
 @triton.jit
 def _settle(w, x, error):
-    return x - (0.5 * error)[:, None] * w
+    return x - 0.5 * error * w
 
 
 @triton.jit
-def _merge(s, loss, skew, top_a, sum_a, top_b, sum_b):
-    """What `_compare` has found of parts of each row, as if the parts were classes: the same of the whole row."""
-    w, x, _, error, s, loss_, skew_, top_a, sum_a, top_b, sum_b = _compare(top_a, sum_a, top_b, sum_b, s)
-    x = _settle(w, x, error)
+def _merge(parts):
+    """What is known of parts of each row, as if the parts were classes: what is known of the row."""
+    w, x, _, over, error, known = _compare(parts[3], parts[4], parts[5], parts[6], parts[0], None)
+    x = _settle(w, x, error[:, None])
     # KL(p||q) is that of the parts plus the mean, weighted by p, of that within each; so is KL(q||p).
-    loss, skew = _sums(w * loss + x * skew, w * skew + x * loss)
-    return s, loss_ + 0.5 * loss, skew_ + 0.5 * skew, top_a, sum_a, top_b, sum_b
+    loss, skew = _sums(w * parts[1] + x * parts[2], w * parts[2] + x * parts[1])
+    loss, skew = loss * over, skew * over
+    return known[0], known[1] + 0.5 * loss, known[2] + 0.5 * skew, known[3], known[4], known[5], known[6]
 
 
 @triton.jit
@@ -130,20 +144,22 @@ def _grouped(x, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _log_ratio(a, b):
-    """The difference a - b, and 0 for a class that is absent, -inf in both."""
-    d = a - b  # a row that holds a NaN gets it back from its sums
-    return tl.where(d == d, d, 0)
+def _load(rows, start, cols, col_stride, mask, other):
+    """The classes start + cols of rows at these pointers."""
+    block = rows + tl.cast(start, tl.int64) * col_stride
+    return tl.load(block + cols.to(tl.int64) * col_stride, mask=mask, other=other)
 
 
 @triton.jit
-def _load(ptr, offsets, mask, other, COMPUTE: tl.constexpr):
-    return tl.load(ptr + offsets, mask=mask, other=other).to(COMPUTE)
+def _compare_block(a, b, known, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
+    """What is `known` of each thread's group of classes, with those that it has read of one more block."""
+    a, b = _grouped(a, GROUPS, VECTOR), _grouped(b, GROUPS, VECTOR)
+    return _compare(a, 1.0, b, 1.0, a - b, known)[5]
 
 
 @triton.jit
 def _store_gradients(
-    grad_a_ptr, grad_b_ptr, offsets, mask, p2, q2, x, t, kl_pq, kl_qp, scale, half, DETACH: tl.constexpr
+    grad_a_ptr, grad_b_ptr, start, cols, mask, p2, q2, x, t, kl_pq, kl_qp, scale, half, DETACH: tl.constexpr
 ):
     """Stores the gradients: of 2 p, 2 q and t times `half`, and of x times `scale`."""
     half, grad_a = half[:, None], scale[:, None] * x
@@ -152,9 +168,18 @@ def _store_gradients(
         grad_a += p2 * (half * t - half * kl_pq[:, None])
         grad_b -= q2 * (half * t + half * kl_qp[:, None])
     if grad_a_ptr is not None:
-        tl.store(grad_a_ptr + offsets, grad_a.to(grad_a_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_a_ptr + start + cols, grad_a.to(grad_a_ptr.dtype.element_ty), mask=mask)
     if grad_b_ptr is not None:
-        tl.store(grad_b_ptr + offsets, grad_b.to(grad_b_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_b_ptr + start + cols, grad_b.to(grad_b_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_block(grad_a_ptr, grad_b_ptr, start, cols, mask, a, b, known, kl_pq, kl_qp, half, DETACH: tl.constexpr):
+    """Stores the gradients of a block of a row of which everything is known."""
+    p2, q2 = _twice_normalised(a, known[3], known[4]), _twice_normalised(b, known[5], known[6])
+    # a and b have exchanged their roles: else the compiler would keep a - b in registers from when they were compared.
+    _, x2, t = _difference(q2, p2, b - a, -known[0][:, None])
+    _store_gradients(grad_b_ptr, grad_a_ptr, start, cols, mask, q2, p2, x2, t, kl_qp, kl_pq, half, half, DETACH)
 
 
 @triton.jit(do_not_specialize=["n_rows", "count", "a_outer_stride", "b_outer_stride"])
@@ -190,11 +215,15 @@ def _symmetric_kl_kernel(
     SPAN: tl.constexpr,
     SPLITS: tl.constexpr,
     FINISH: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     """BLOCK_M rows per program: their losses and gradients, as far as there are tensors for them.
 
     Or one of the SPLITS of a row, SPAN classes each: a first launch leaves its parts, a second, with FINISH, has them.
     """
+    # An AMD program of as many warps has twice the threads, and half the registers for each: it spilled 44 bytes.
+    # Four blocks spilled 8 bytes on sm_100.
+    KEPT: tl.constexpr = 0 if is_hip() or (HELD > 3 and cuda_capability_geq(10)) else HELD
     split = tl.program_id(0) % SPLITS
     rows = (tl.program_id(0) // SPLITS).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     begin, end = split * SPAN, tl.minimum(split * SPAN + SPAN, N_COLS)
@@ -204,8 +233,6 @@ def _symmetric_kl_kernel(
     outer, inner = rows // n_inner, rows % n_inner
     a_rows = a_ptr + (ALIGN * (outer * a_outer_stride + inner * a_inner_stride))[:, None]
     b_rows = b_ptr + (ALIGN * (outer * b_outer_stride + inner * b_inner_stride))[:, None]
-    a_tile = a_rows + cols.to(tl.int64) * a_col_stride
-    b_tile = b_rows + cols.to(tl.int64) * b_col_stride
 
     zero = tl.zeros((BLOCK_M,), COMPUTE)
     read, padding, weight, skip = live, -float("inf"), zero + 1, live & False
@@ -216,56 +243,45 @@ def _symmetric_kl_kernel(
         read, padding = live & ~skip, tl.where(skip, zero, -float("inf"))[:, None]
     mask = live[:, None] & (cols < N_COLS)
     if N_COLS <= BLOCK_N:
-        a = _load(a_tile, 0, read[:, None] & mask, padding, COMPUTE)
-        b = _load(b_tile, 0, read[:, None] & mask, padding, COMPUTE)
-        w, x, t, error, s, loss, skew, top_a, sum_a, top_b, sum_b = _compare(a, 1.0, b, 1.0, _log_ratio(a, b))
+        a = _load(a_rows, 0, cols, a_col_stride, read[:, None] & mask, padding).to(COMPUTE)
+        b = _load(b_rows, 0, cols, b_col_stride, read[:, None] & mask, padding).to(COMPUTE)
+        w, x, t, over, error, known = _compare(a, 1.0, b, 1.0, a - b, None)
     elif FINISH:
-        parts = (rows * SPLITS)[:, None] + tl.arange(0, SPLITS)[None, :]
+        parts = parts_ptr + (rows * SPLITS)[:, None] + tl.arange(0, SPLITS)[None, :]
         n_parts = n_rows.to(tl.int64) * SPLITS
-        s, loss, skew, top_a, sum_a, top_b, sum_b = _merge(
-            tl.load(parts_ptr + parts),
-            tl.load(parts_ptr + parts + n_parts),
-            tl.load(parts_ptr + parts + 2 * n_parts),
-            tl.load(parts_ptr + parts + 3 * n_parts),
-            tl.load(parts_ptr + parts + 4 * n_parts),
-            tl.load(parts_ptr + parts + 5 * n_parts),
-            tl.load(parts_ptr + parts + 6 * n_parts),
-        )
+        known = ()
+        for i in tl.static_range(7):
+            known += (tl.load(parts + i * n_parts),)
+        known = _merge(known)
     else:
         # Of each block, every thread adds up what it has read itself: a group of classes. The threads' groups are
-        # compared as if they were classes, once and at the end.
-        group = tl.zeros((GROUPS,), COMPUTE)
-        s, loss, skew, sum_a, sum_b = group, group, group, group, group
-        top_a, top_b = group - float("inf"), group - float("inf")
-        for start in range(begin, end, BLOCK_N):
+        # compared as if they were classes, once and at the end. The first KEPT blocks stay in registers.
+        none = tl.zeros((GROUPS,), COMPUTE)
+        known = (none, none, none, none - float("inf"), none, none - float("inf"), none)
+        held_a, held_b = (), ()
+        for i in tl.static_range(KEPT):
+            mask = read[:, None] & (cols < N_COLS - i * BLOCK_N)
+            a = _load(a_rows, i * BLOCK_N, cols, a_col_stride, mask, padding).to(COMPUTE)
+            held_a += (a,)  # type: ignore[assignment]
+            b = _load(b_rows, i * BLOCK_N, cols, b_col_stride, mask, padding).to(COMPUTE)
+            held_b += (b,)  # type: ignore[assignment]
+        for i in tl.static_range(KEPT):
+            known = _compare_block(held_a[i], held_b[i], known, GROUPS, VECTOR)
+        for start in range(begin + KEPT * BLOCK_N, end, BLOCK_N):
             mask = read[:, None] & (cols < N_COLS - start)
-            a = _load(a_tile, tl.cast(start, tl.int64) * a_col_stride, mask, padding, COMPUTE)
-            b = _load(b_tile, tl.cast(start, tl.int64) * b_col_stride, mask, padding, COMPUTE)
-            a, b = _grouped(a, GROUPS, VECTOR), _grouped(b, GROUPS, VECTOR)
-            _, _, _, _, s_, loss_, skew_, top_a_, sum_a_, top_b_, sum_b_ = _compare(a, 1.0, b, 1.0, _log_ratio(a, b))
-            s, loss, skew, top_a, sum_a, top_b, sum_b = _merge(
-                tl.join(s, s_),
-                tl.join(loss, loss_),
-                tl.join(skew, skew_),
-                tl.join(top_a, top_a_),
-                tl.join(sum_a, sum_a_),
-                tl.join(top_b, top_b_),
-                tl.join(sum_b, sum_b_),
-            )
-        s, loss, skew, top_a, sum_a, top_b, sum_b = _merge(
-            s[None, :], loss[None, :], skew[None, :], top_a[None, :], sum_a[None, :], top_b[None, :], sum_b[None, :]
-        )
+            a = _load(a_rows, start, cols, a_col_stride, mask, padding).to(COMPUTE)
+            b = _load(b_rows, start, cols, b_col_stride, mask, padding).to(COMPUTE)
+            known = _compare_block(a, b, known, GROUPS, VECTOR)
+        parts = ()
+        for i in tl.static_range(7):
+            parts += (known[i][None, :],)
+        known = _merge(parts)
         if SPLITS > 1:
-            part, n_parts = rows * SPLITS + split, n_rows.to(tl.int64) * SPLITS
-            tl.store(parts_ptr + part, s)
-            tl.store(parts_ptr + part + n_parts, loss)
-            tl.store(parts_ptr + part + 2 * n_parts, skew)
-            tl.store(parts_ptr + part + 3 * n_parts, top_a)
-            tl.store(parts_ptr + part + 4 * n_parts, sum_a)
-            tl.store(parts_ptr + part + 5 * n_parts, top_b)
-            tl.store(parts_ptr + part + 6 * n_parts, sum_b)
+            for i in tl.static_range(7):
+                tl.store(parts_ptr + (i * n_rows.to(tl.int64) + rows) * SPLITS + split, known[i])
             return
 
+    _, loss, skew, _, sum_a, _, sum_b = known
     # Sums are no positive numbers in a row with a NaN or +inf, or of nothing but -inf. Where they are, but the loss is
     # no number, a class is masked in one tensor alone: 0 * inf, or inf - inf.
     defined = sum_a * sum_b > 0
@@ -285,23 +301,26 @@ def _symmetric_kl_kernel(
             scale *= tl.load(upstream_ptr + rows * upstream_stride, mask=live, other=0)
         scale = tl.where(skip, 0, scale)
         half, kl_pq, kl_qp = 0.5 * scale, 0.5 * (loss + skew), 0.5 * (loss - skew)
-        out_tile = (rows * N_COLS)[:, None] + cols
+        out = (rows * N_COLS)[:, None]
         if N_COLS <= BLOCK_N:
             # t - error, too, but for the sums; p and q as they are, lest one that is small err by a share of the other
-            p2, q2, x = w + x, w - x, _settle(w, x, error)
+            p2, q2, x = w + x, w - x, _settle(w, x, error[:, None])
             kl_pq, kl_qp = kl_pq + error, kl_qp - error
-            _store_gradients(grad_a_ptr, grad_b_ptr, out_tile, mask, p2, q2, x, t, kl_pq, kl_qp, scale, half, DETACH)
+            scale, half = scale * over, half * over
+            _store_gradients(grad_a_ptr, grad_b_ptr, out, cols, mask, p2, q2, x, t, kl_pq, kl_qp, scale, half, DETACH)
         else:
-            for start in range(begin, end, BLOCK_N):
+            for i in tl.static_range(KEPT):
+                tl.debug_barrier()  # no block is begun before the last is stored: there are no registers for both
+                mask = live[:, None] & (cols < N_COLS - i * BLOCK_N)
+                _store_block(
+                    grad_a_ptr, grad_b_ptr, out + i * BLOCK_N, cols, mask, held_a[i], held_b[i], known, kl_pq, kl_qp,
+                    half, DETACH,
+                )  # fmt: skip
+            for start in range(begin + KEPT * BLOCK_N, end, BLOCK_N):
                 mask = live[:, None] & (cols < N_COLS - start)
-                a = _load(a_tile, tl.cast(start, tl.int64) * a_col_stride, read[:, None] & mask, 0, COMPUTE)
-                b = _load(b_tile, tl.cast(start, tl.int64) * b_col_stride, read[:, None] & mask, 0, COMPUTE)
-                p2 = _twice_normalised(a, top_a, sum_a)
-                q2 = _twice_normalised(b, top_b, sum_b)
-                _, x2, t = _difference(p2, q2, _log_ratio(a, b), s)
-                _store_gradients(
-                    grad_a_ptr, grad_b_ptr, out_tile + start, mask, p2, q2, x2, t, kl_pq, kl_qp, half, half, DETACH
-                )
+                a = _load(a_rows, start, cols, a_col_stride, read[:, None] & mask, 0).to(COMPUTE)
+                b = _load(b_rows, start, cols, b_col_stride, read[:, None] & mask, 0).to(COMPUTE)
+                _store_block(grad_a_ptr, grad_b_ptr, out + start, cols, mask, a, b, known, kl_pq, kl_qp, half, DETACH)
 
 
 def _layout(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, list[list[int]]]:
@@ -352,11 +371,15 @@ def _launch(
     align = math.gcd(16, *outer[1:], *inner[1:])
     kind = ", fp64" if input.dtype == torch.float64 else ", odd" if align == 1 else ""
     tile = tiles.choose(f"symmetric_kl{kind}", n_cols)
-    groups = 32 * tile.warps
     blocks = triton.cdiv(n_cols, tile.columns)
     splits = min(triton.next_power_of_2(triton.cdiv(tiles.PROGRAMS, n_rows)), triton.next_power_of_2(blocks))
     if 2 * n_rows > tiles.PROGRAMS or blocks == 1:
         splits = 1
+    held = blocks > 1 and splits == 1 and not kind and n_cols <= tiles.HELD and input_grad and target_grad
+    if held:
+        tile = tiles.choose("symmetric_kl, held", n_cols)
+        blocks = triton.cdiv(n_cols, tile.columns)
+    groups = 32 * tile.warps
     parts = None if splits == 1 else input.new_empty((7, n_rows, splits), dtype=reference.compute_dtype(input))
     for finish in (False, True)[: 1 if parts is None else 2]:
         with torch.cuda.device_of(input):
@@ -392,6 +415,7 @@ def _launch(
                 SPAN=triton.cdiv(blocks, splits) * tile.columns,
                 SPLITS=splits,
                 FINISH=finish,
+                HELD=blocks if held else 0,
                 num_warps=tile.warps,
                 enable_fp_fusion=True,
             )

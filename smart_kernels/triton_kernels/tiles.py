@@ -22,7 +22,7 @@ _POWERS = [2**k for k in range(4, 11)]
 
 # A thread holds three numbers for each of its elements from the first reduction to the last store. Rows of up to 1024
 # classes take one warp, which has no barriers; longer ones leave each thread 16 elements. Beyond 8192 a row goes by in
-# blocks. From 24577 on these are so large that one program fills a multiprocessor: then the rows at work stay in L2,
+# blocks; from 24577 on these are so large that one program fills a multiprocessor: then the rows at work stay in L2,
 # where they are read for a second time. Rows that are not even aligned to two elements need registers for addresses.
 _SYMMETRIC_KL = {
     **{columns: Tile(min(32, max(1, 512 // columns)), columns, 1) for columns in (4, 8, *_POWERS)},
@@ -52,11 +52,17 @@ _PERTURBATION_STEP = {
 }
 _PERTURBATION_STEP_FP64 = {length: tile for length, tile in _PERTURBATION_STEP.items() if length != 16384}
 
+HELD = 16384
+"""Up to so many classes a row's logits stay in registers where both gradients are asked for, beside 8 elements of each
+for a thread to work on. It is read twice for one gradient, which spilled 8 bytes on sm_100; if aligned to one element;
+in fp64; and on AMD."""
+
 PROGRAMS = 256
 """Where long rows are fewer than half of that, each is cut into splits, as many as make so many programs."""
 
 TILES: dict[str, dict[float, Tile]] = {
     "symmetric_kl": _SYMMETRIC_KL,
+    "symmetric_kl, held": {HELD: Tile(1, 4096, 16)},
     "symmetric_kl, odd": _SYMMETRIC_KL | {math.inf: Tile(1, 4096, 8)},
     "symmetric_kl, fp64": _SYMMETRIC_KL_FP64,
     "perturbation_step": _PERTURBATION_STEP,
