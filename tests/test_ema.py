@@ -483,8 +483,9 @@ buffer = torch.zeros(20)
 @pytest.mark.parametrize(
     ("shadows", "parameters", "decay", "options", "error", "message"),
     [
-        (x, [y], 0.9, {}, TypeError, "ema_tensors: got a tensor, expected a sequence of tensors"),
-        ([x], y, 0.9, {}, TypeError, "parameters: got a tensor"),
+        (x, [y], 0.9, {}, TypeError, "ema_tensors: got Tensor, expected a sequence of tensors"),
+        ([x], y, 0.9, {}, TypeError, "parameters: got Tensor"),
+        ([x], 3, 0.9, {}, TypeError, "parameters: got int, expected a sequence of tensors"),
         ([3.0], [y], 0.9, {}, TypeError, r"ema_tensors\[0\]: got float, expected a tensor"),
         ([x, None], [y, y], 0.9, {}, TypeError, r"ema_tensors\[1\]: got NoneType, expected a tensor"),
         ([x], [None], 0.9, {}, TypeError, r"parameters\[0\]: got NoneType, expected a tensor"),

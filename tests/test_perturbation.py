@@ -534,6 +534,7 @@ BAD_STEPS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"delta": X.half()}, TypeError, r"delta: got dtype torch.float16, expected float32 or float64"),
     ({"delta": torch.zeros(3), "grad": torch.zeros(3)}, ValueError, r"delta: got shape \(3,\), expected \(B, ..., H\)"),
     ({"grad": X.long()}, TypeError, "grad: got dtype torch.int64, expected float16, bfloat16"),
+    ({"grad": X.to_sparse()}, TypeError, "grad: got layout torch.sparse_coo, expected torch.strided"),
     ({"grad": X.double()}, TypeError, "grad: got dtype torch.float64 with delta torch.float32"),
     ({"grad": X[:1]}, ValueError, r"grad: got shape \(1, 3, 4\), expected that of delta, \(2, 3, 4\)"),
     ({"grad": X.to("meta")}, ValueError, "grad: got device meta, expected that of delta, cpu"),

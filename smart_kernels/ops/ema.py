@@ -87,9 +87,11 @@ def ema_update_(
 
 
 def _as_list(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
-    if isinstance(tensors, Tensor):
-        raise TypeError(f"{name}: got a tensor, expected a sequence of tensors")
-    return tensors if isinstance(tensors, list) else list(tensors)
+    if isinstance(tensors, list):
+        return tensors
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
+        raise TypeError(f"{name}: got {type(tensors).__name__}, expected a sequence of tensors")
+    return list(tensors)
 
 
 def _check_decay(decay: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:

@@ -176,6 +176,8 @@ def _check_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
     if value.dtype not in _FLOATING:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected float16, bfloat16, float32 or float64")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, expected torch.strided")
 
 
 def _check_number(name: str, value: float) -> float:
