@@ -42,18 +42,27 @@ template <typename V, typename S>
 SK_INLINE V plain_move(V e, V p, const Coefficients<S>& k) {
   return fused(subtract(p, e), k.weight, e);
 }
-// Whether that will do
+// That will do where the first is less than the second, or the same if not narrow.
+template <bool kNarrow, typename V, typename S>
+SK_INLINE V step_size(V e, V p, const Coefficients<S>& k) {
+  return multiply(magnitude(subtract(p, e)), kNarrow ? k.weight / 512 : k.weight * 8);
+}
+template <bool kNarrow, typename V, typename S>
+SK_INLINE V step_bound(V e, V p, const Coefficients<S>& k) {
+  return magnitude(kNarrow ? plain_move(e, p, k) : e);
+}
 template <bool kNarrow, typename V, typename S>
 SK_INLINE bool moves_little(V e, V p, const Coefficients<S>& k) {
-  const V distance = magnitude(subtract(p, e));
-  if constexpr (kNarrow) return all_less(multiply(distance, k.weight / 512), magnitude(plain_move(e, p, k)));
-  else return all_at_most(multiply(distance, k.weight * 8), magnitude(e));
+  const V step = step_size<kNarrow>(e, p, k), bound = step_bound<kNarrow>(e, p, k);
+  if constexpr (kNarrow) return all_less(step, bound);
+  else return all_at_most(step, bound);
 }
 template <bool kNarrow, typename V, typename S>
 SK_INLINE V any_move(V e, V p, const Coefficients<S>& k) {
-  const V distance = magnitude(subtract(p, e)), moved = plain_move(e, p, k), exact = weighted_sum(e, p, k);
-  if constexpr (kNarrow) return select(multiply(distance, k.weight / 512) < magnitude(moved), moved, exact);
-  else return select(multiply(distance, k.weight * 8) <= magnitude(e), moved, exact);
+  const V step = step_size<kNarrow>(e, p, k), bound = step_bound<kNarrow>(e, p, k);
+  const V moved = plain_move(e, p, k), exact = weighted_sum(e, p, k);
+  if constexpr (kNarrow) return select(step < bound, moved, exact);
+  else return select(step <= bound, moved, exact);
 }
 template <bool kNarrow, typename V, typename S>
 SK_INLINE V move_towards(V e, V p, const Coefficients<S>& k) {

@@ -118,18 +118,19 @@ template <bool kCopy, typename E, typename P>
 SK_INLINE void move_together(E* e, const P* p, const Coefficients<Arithmetic<E>>& k) {
   constexpr int N = kLanes<Arithmetic<E>>;
   constexpr bool kNarrow = sizeof(E) == 2;
+  if constexpr (kCopy) {
+    for (int j = 0; j < kTogether; ++j) store(e + j * N, load(p + j * N));
+    return;
+  }
   Vec<Arithmetic<E>> from[kTogether], to[kTogether];
   bool little = true;
 #pragma GCC unroll 4
   for (int j = 0; j < kTogether; ++j) {
-    to[j] = load(p + j * N);
-    if constexpr (kCopy) continue;
     from[j] = load(static_cast<const E*>(e + j * N));
+    to[j] = load(p + j * N);
     little &= moves_little<kNarrow>(from[j], to[j], k);
   }
-  if (kCopy)
-    for (int j = 0; j < kTogether; ++j) store(e + j * N, to[j]);
-  else if (little)
+  if (little)
 #pragma GCC unroll 4
     for (int j = 0; j < kTogether; ++j) store(e + j * N, plain_move(from[j], to[j], k));
   else

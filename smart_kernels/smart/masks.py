@@ -14,6 +14,7 @@ from torch.utils.weak import TensorWeakRef
 
 _DRAW = torch.ops.aten.bernoulli_.float
 _SCALE = torch.ops.aten.div_.Scalar
+_SHARE = torch.ops.aten.set_.source_Tensor
 _FEWEST = 16384
 """Elements of a mask from which on it pays to look for it: to draw them takes 80 µs."""
 
@@ -145,7 +146,7 @@ class _Watch(TorchDispatchMode):
             scaled = known.scaled()
             if scaled is not None and scaled._version == known.version:
                 torch.set_rng_state(known.after)
-                self._found = mask.set_(scaled)  # type: ignore[call-overload]
+                self._found = _SHARE(mask, scaled)
                 return mask
         _DRAW(mask, keep)
         self._drawn = mask, draw, torch.get_rng_state()
