@@ -13,7 +13,7 @@ from extension import for_each_lower_instruction_set, requires_extension, run_ag
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import SymmetricKL, wide
-from torch.autograd import gradcheck
+from torch.autograd import forward_ad, gradcheck
 
 from smart_kernels import SymmetricKLLoss, reference, symmetric_kl, symmetric_kl_grad
 
@@ -411,6 +411,23 @@ def test_a_second_derivative_raises(reduction: str) -> None:
         (loss + grad.square().sum()).backward()
 
 
+def test_forward_mode_raises_and_is_never_a_silent_zero() -> None:
+    a, b = logits(6, 5, 0.5, torch.float32)
+    with forward_ad.dual_level():
+        assert torch.equal(symmetric_kl(a, b), symmetric_kl(a.clone().requires_grad_(), b))
+        for dual in (forward_ad.make_dual(a, b), forward_ad.make_dual(a.clone().requires_grad_(), b)):
+            with pytest.raises(NotImplementedError, match="jvp"):
+                symmetric_kl(dual, b)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.jvp(lambda x: symmetric_kl(x, b), (a,), (b,))
+
+
+def test_vmap_is_a_loop_over_its_batch() -> None:
+    a, b = logits(6, 5, 0.5, torch.float32)
+    losses = torch.func.vmap(lambda x, y: symmetric_kl(x, y, reduction="sum"))(a, b)
+    assert torch.equal(losses, symmetric_kl(a, b, reduction="none"))
+
+
 def test_a_loss_scale_saves_small_half_gradients() -> None:
     a, b = logits(4096, 3, 1e-3, torch.float16)
     a.requires_grad_()
@@ -503,6 +520,8 @@ x = torch.zeros(2, 3)
         ((x, x.double()), TypeError, "target: got dtype torch.float64 with input torch.float32"),
         ((x.double(), x.half()), TypeError, "target: got dtype torch.float16 with input torch.float64"),
         ((x, None), TypeError, "target: got NoneType"),
+        ((x.to_sparse(), x), TypeError, "input: got layout torch.sparse_coo, expected torch.strided"),
+        ((x, x.to_sparse_csr()), TypeError, "target: got layout torch.sparse_csr"),
         ((x, x.to("meta")), ValueError, "target: got device meta, expected that of input, cpu"),
         ((x, x, None, "avg"), ValueError, "reduction: got 'avg', expected one of 'none', 'sum', 'mean', 'batchmean'"),
         ((x, x, None, None), ValueError, "reduction: got None"),
