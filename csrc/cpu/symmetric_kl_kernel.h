@@ -23,7 +23,10 @@ template <typename T>
 constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
 // Sums run in vectors of T over so many elements and then in double, so that a long row costs no digits.
 constexpr int64_t kSegment = 4096;
-constexpr int64_t kMaxTransposed = 128;
+constexpr int64_t kMaxTransposed = 96;  // of which what is kept fits in the first cache
+// Longer rows are done several together, as long as these have so many elements.
+constexpr int64_t kTogether = 2048;
+constexpr int kMaxTogether = 8;
 
 // f(checked, j, n) over the columns [begin, end): full vectors, then a remainder of n lanes, which is checked;
 // with `masked` all are. A checked vector may hold absent classes: -inf on both sides.
@@ -87,16 +90,9 @@ Survey<T> survey(const T* a, const T* b, int64_t cols, bool masked) {
     low = vmin(checked ? (x.absent ? low : x.d) : x.d, low);
     high = vmax(checked ? (x.absent ? high : x.d) : x.d, high);
   });
-  Survey<T> y{max_a[0], max_b[0], centre[0], 0, !any<T>(odd)};
-  T lowest = low[0], highest = high[0];
-  for (int i = 1; i < kLanes<T>; ++i) {
-    if (max_b[i] > y.max_b) y.max_b = max_b[i], y.centre = centre[i];
-    y.max_a = std::max(y.max_a, max_a[i]);
-    lowest = std::min(lowest, low[i]);
-    highest = std::max(highest, high[i]);
-  }
-  y.spread = std::max(highest - y.centre, y.centre - lowest);
-  return y;
+  const T top = reduce_max<T>(max_b), at = reduce_min<T>(max_b == top ? centre : kInf<T>);
+  const T spread = std::max(reduce_max<T>(high) - at, at - reduce_min<T>(low));
+  return {reduce_max<T>(max_a), top, at, spread, !any<T>(odd)};
 }
 
 enum class Kind { finite, masked, infinite, undefined };
@@ -114,22 +110,59 @@ Kind classify(const T* a, const T* b, int64_t cols) {
   return !any_a || !any_b ? Kind::undefined : one_sided ? Kind::infinite : Kind::masked;
 }
 
-// Everything about a row that its gradients need beside the logits.
+// How gradients are asked for: a factor on them, and which. Either way there is room for both, where exponentials wait.
 template <typename T>
-struct RowState {
-  T inv_a, inv_b;  // p = exp(a - max_a) inv_a, q = exp(b - max_b) inv_b
-  T centre, s;  // t = (a - b - centre) - s
-  T kl_pq, kl_qp;
+struct Wanted {
+  T scale;
+  bool detach, input_grad, target_grad;
+  T *grad_a, *grad_b;
 };
 
-// The sums over a row, from which its state follows. The exponentials are kept for `finish`.
-template <typename T, bool near>
-RowState<T> gather(
-    const T* a, const T* b, int64_t cols, bool masked, const Survey<T>& at, T* exp_a, T* exp_b) {
+// A row of any length on its way: what is asked for, and what each stage finds out.
+template <typename T>
+struct LongRow {
+  const T *a, *b;
+  Wanted<T> want;
+  bool counts;          // still: there is something to find out
+  T loss = 0;
+  bool masked = false;  // some classes are absent
+  Survey<T> at{};
   double sum_a = 0, sum_b = 0, drift = 0, p_d = 0, q_d = 0;
+  T inv_a = 0, inv_b = 0;          // p = exp(a - max_a) inv_a, q = exp(b - max_b) inv_b
+  T s = 0, ratio = 0, offset = 0;  // t = (a - b - centre) - s; near: exp(-s), expm1(-s)
+  T kl_pq = 0, kl_qp = 0;
+
+  bool near() const { return at.spread <= kNear<T>; }
+  void settle(T its_loss, T gradient, int64_t cols) {
+    counts = false;
+    loss = its_loss;
+    std::fill_n(want.grad_a, cols, gradient);
+    std::fill_n(want.grad_b, cols, gradient);
+  }
+};
+
+template <typename T>
+void look(LongRow<T>& row, int64_t cols) {
+  row.masked = false;
+  row.at = survey(row.a, row.b, cols, false);
+  if (row.at.finite) return;
+  const Kind kind = classify(row.a, row.b, cols);
+  if (kind == Kind::infinite || kind == Kind::undefined)
+    return row.settle(kind == Kind::infinite ? kInf<T> : kNan<T>, kNan<T>, cols);
+  row.masked = kind == Kind::masked;
+  row.at = survey(row.a, row.b, cols, row.masked);
+}
+
+// The sums over a row. The exponentials are kept for `finish`.
+template <typename T, bool near>
+void gather(LongRow<T>& row, int64_t cols) {
+  row.sum_a = row.sum_b = row.drift = row.p_d = row.q_d = 0;
+  const Survey<T> at = row.at;
+  T *const exp_a = row.want.grad_a, *const exp_b = row.want.grad_b;
   for (int64_t begin = 0; begin < cols; begin += kSegment) {
     Vec<T> va{}, vb{}, vdrift{}, vp{}, vq{};
-    for_columns<T>(begin, std::min(begin + kSegment, cols), masked, [&](auto checked, int64_t j, int n) SK_LAMBDA {
+    const int64_t end = std::min(begin + kSegment, cols);
+    for_columns<T>(begin, end, row.masked, [&, a = row.a, b = row.b](auto checked, int64_t j, int n) SK_LAMBDA {
       const Pair<T> x = load_pair<T, checked>(a, b, j, n);
       Vec<T> d = x.d - at.centre;
       if constexpr (checked) d = x.absent ? Vec<T>{} : d;
@@ -148,51 +181,55 @@ RowState<T> gather(
         vp += v * d;
       }
     });
-    sum_a += reduce_add<T>(va);
-    sum_b += reduce_add<T>(vb);
-    drift += reduce_add<T>(vdrift);
-    p_d += reduce_add<T>(vp);
-    q_d += reduce_add<T>(vq);
+    row.sum_a += reduce_add<T>(va);
+    row.sum_b += reduce_add<T>(vb);
+    row.drift += reduce_add<T>(vdrift);
+    row.p_d += reduce_add<T>(vp);
+    row.q_d += reduce_add<T>(vq);
   }
-  double s;
-  if constexpr (near) {
-    s = std::log1p(drift / sum_b);
-    p_d = std::exp(-s) * (p_d + q_d) / sum_b;
-    sum_a = 1;
-  } else {
-    s = std::log(sum_a / sum_b) + (double(at.max_a) - at.max_b - at.centre);
-    p_d /= sum_a;
-  }
-  q_d /= sum_b;
-  return {T(1 / sum_a), T(1 / sum_b), at.centre, T(s), T(p_d - s), T(s - q_d)};
 }
 
-// How a row is asked for: the factor on its gradients, and which are wanted. Either way there is room for both, where
-// the exponentials wait.
+// What follows from them
 template <typename T>
-struct Wanted {
-  T scale;
-  bool detach, input_grad, target_grad;
-  T *grad_a, *grad_b;
-};
+void conclude(LongRow<T>& row) {
+  const double inv_b = 1 / row.sum_b, q_d = row.q_d * inv_b;
+  double s, p_d;
+  if (row.near()) {
+    const double drift = row.drift * inv_b, ratio = 1 / (1 + drift);
+    s = std::log1p(drift);
+    p_d = (row.p_d * inv_b + q_d) * ratio;
+    row.ratio = T(ratio);
+    row.offset = T(-drift * ratio);
+  } else {
+    const double inv_a = 1 / row.sum_a;
+    s = std::log(row.sum_a * inv_b) + (double(row.at.max_a) - row.at.max_b - row.at.centre);
+    p_d = row.p_d * inv_a;
+    row.inv_a = T(inv_a);
+  }
+  row.inv_b = T(inv_b);
+  row.s = T(s);
+  row.kl_pq = T(p_d - s);
+  row.kl_qp = T(s - q_d);
+}
 
-// The loss of a row, its gradients written.
+// Its loss, its gradients written
 template <typename T, bool near>
-T finish(const T* a, const T* b, int64_t cols, bool masked, const RowState<T>& row, const Wanted<T>& want) {
-  const T ratio = T(std::exp(-double(row.s))), offset = T(std::expm1(-double(row.s)));
+void finish(LongRow<T>& of, int64_t cols) {
+  const LongRow<T> row = of;
+  const Wanted<T>& want = row.want;
   const T own = want.detach ? T(0) : T(1);
   double loss = 0;
   for (int64_t begin = 0; begin < cols; begin += kSegment) {
     Vec<T> vloss{};
-    for_columns<T>(begin, std::min(begin + kSegment, cols), masked, [&](auto checked, int64_t j, int n) SK_LAMBDA {
-      const Pair<T> x = load_pair<T, checked>(a, b, j, n);
-      Vec<T> d = x.d - row.centre;
+    for_columns<T>(begin, std::min(begin + kSegment, cols), row.masked, [&](auto checked, int64_t j, int n) SK_LAMBDA {
+      const Pair<T> x = load_pair<T, checked>(row.a, row.b, j, n);
+      Vec<T> d = x.d - row.at.centre;
       if constexpr (checked) d = x.absent ? Vec<T>{} : d;
       const Vec<T> t = d - row.s;
       const Vec<T> q = load_n(want.grad_b + j, n, T(0)) * row.inv_b;
       Vec<T> p, difference;
       if constexpr (near) {
-        difference = q * (expm1_small<T>(d) * ratio + offset);  // expm1(d - s)
+        difference = q * (expm1_small<T>(d) * row.ratio + row.offset);  // q expm1(d - s)
         p = q + difference;
       } else {
         p = load_n(want.grad_a + j, n, T(0)) * row.inv_a;
@@ -206,29 +243,20 @@ T finish(const T* a, const T* b, int64_t cols, bool masked, const RowState<T>& r
     });
     loss += reduce_add<T>(vloss);
   }
-  return T(loss);
+  of.loss = T(loss);
 }
 
-// One row of any length: its loss, its gradients written.
+// Some rows: a stage of all before the next of any, so that none waits for the last sums of the one before it.
 template <typename T>
-T long_row(const T* a, const T* b, int64_t cols, const Wanted<T>& want) {
-  bool masked = false;
-  Survey<T> at = survey(a, b, cols, masked);
-  if (!at.finite) {
-    const Kind kind = classify(a, b, cols);
-    if (kind == Kind::infinite || kind == Kind::undefined) {
-      std::fill_n(want.grad_a, cols, kNan<T>);
-      std::fill_n(want.grad_b, cols, kNan<T>);
-      return kind == Kind::infinite ? kInf<T> : kNan<T>;
-    }
-    masked = kind == Kind::masked;
-    at = survey(a, b, cols, masked);
-  }
-  const auto row = [&](auto near) {
-    return finish<T, near>(
-        a, b, cols, masked, gather<T, near>(a, b, cols, masked, at, want.grad_a, want.grad_b), want);
+void long_rows(LongRow<T>* rows, int count, int64_t cols) {
+  const auto each = [&](auto&& stage) SK_LAMBDA {
+    for (int i = 0; i < count; ++i)
+      if (rows[i].counts) stage(rows[i]);
   };
-  return at.spread <= kNear<T> ? row(std::true_type{}) : row(std::false_type{});
+  each([&](LongRow<T>& row) SK_LAMBDA { look(row, cols); });
+  each([&](LongRow<T>& row) SK_LAMBDA { row.near() ? gather<T, true>(row, cols) : gather<T, false>(row, cols); });
+  each([&](LongRow<T>& row) SK_LAMBDA { conclude(row); });
+  each([&](LongRow<T>& row) SK_LAMBDA { row.near() ? finish<T, true>(row, cols) : finish<T, false>(row, cols); });
 }
 
 // Of kLanes rows at once, turned: vector j holds class j of each. What one look at them tells.
@@ -522,24 +550,30 @@ void run_rows(const SymmetricKLJob& job, int64_t begin, int64_t end) {
     return;
   }
 
-  const std::unique_ptr<T[]> scratch(new T[4 * cols]);
-  for (int64_t row = begin; row < end; ++row) {
-    T* const at_a = grad_a.at(row * cols, scratch.get() + 2 * cols);
-    T* const at_b = grad_b.at(row * cols, scratch.get() + 3 * cols);
-    T loss = 0;
-    if (!weight || weight[row] != T(0)) {
-      const T* const a = rows_in(job.a, row, 1, scratch.get());
-      const T* const b = rows_in(job.b, row, 1, scratch.get() + cols);
-      const T scale = common * (row_upstream ? row_upstream[row] : T(1)) * (weight ? weight[row] : T(1));
-      loss = long_row<T>(
-          a, b, cols, {scale, job.detach_targets, grad_a.data != nullptr, grad_b.data != nullptr, at_a, at_b});
-    } else {
-      std::fill_n(at_a, cols, T(0));
-      std::fill_n(at_b, cols, T(0));
+  const int together = int(std::clamp<int64_t>(kTogether / cols, 1, kMaxTogether));
+  const int64_t room = together * cols;
+  const std::unique_ptr<T[]> scratch(new T[4 * room]);
+  LongRow<T> rows[kMaxTogether];
+  for (int64_t first = begin; first < end; first += together) {
+    const int count = int(std::min<int64_t>(together, end - first));
+    const T* const a = rows_in(job.a, first, count, scratch.get());
+    const T* const b = rows_in(job.b, first, count, scratch.get() + room);
+    T* const to_a = grad_a.at(first * cols, scratch.get() + 2 * room);
+    T* const to_b = grad_b.at(first * cols, scratch.get() + 3 * room);
+    for (int i = 0; i < count; ++i) {
+      const T factor = weight ? weight[first + i] : T(1);
+      const T scale = common * (row_upstream ? row_upstream[first + i] : T(1)) * factor;
+      LongRow<T>& row = rows[i];
+      row.a = a + i * cols, row.b = b + i * cols;
+      row.want = {scale, job.detach_targets, job.grad_a != nullptr, job.grad_b != nullptr, to_a + i * cols, to_b + i * cols};
+      row.counts = factor != T(0);
+      if (!row.counts) row.settle(T(0), T(0), cols);
     }
-    grad_a.round(at_a, row * cols, cols);
-    grad_b.round(at_b, row * cols, cols);
-    if (losses) losses[row] = loss;
+    long_rows(rows, count, cols);
+    grad_a.round(to_a, first * cols, count * cols);
+    grad_b.round(to_b, first * cols, count * cols);
+    if (losses)
+      for (int i = 0; i < count; ++i) losses[first + i] = rows[i].loss;
   }
 }
 

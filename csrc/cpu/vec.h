@@ -169,6 +169,14 @@ SK_INLINE T reduce_add(Vec<T> v) {
   return reduce<T>(v, [](Vec<T> x, Vec<T> y) SK_LAMBDA { return x + y; });
 }
 template <typename T>
+SK_INLINE T reduce_max(Vec<T> v) {
+  return reduce<T>(v, [](Vec<T> x, Vec<T> y) SK_LAMBDA { return vmax(x, y); });
+}
+template <typename T>
+SK_INLINE T reduce_min(Vec<T> v) {
+  return reduce<T>(v, [](Vec<T> x, Vec<T> y) SK_LAMBDA { return vmin(x, y); });
+}
+template <typename T>
 SK_INLINE bool any(Mask<T> m) {
 #if SK_VECTOR_BYTES == 64
   return _mm512_test_epi32_mask((__m512i)m, (__m512i)m) != 0;
