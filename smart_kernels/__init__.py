@@ -1,6 +1,6 @@
 """Smoothness-regularised fine-tuning (SMART, arXiv 1911.03437): exact, fast and drop-in."""
 
-from smart_kernels.ops._library import load_compiled
+from smart_kernels.ops._library import empty_cache, load_compiled
 from smart_kernels.ops.ema import ema_update_
 from smart_kernels.ops.perturbation import init_perturbation, perturbation_step, perturbation_step_
 from smart_kernels.ops.symmetric_kl import SymmetricKLLoss, symmetric_kl, symmetric_kl_grad
@@ -16,6 +16,7 @@ __all__ = [
     "SmartConfig",
     "SymmetricKLLoss",
     "ema_update_",
+    "empty_cache",
     "init_perturbation",
     "perturbation_step",
     "perturbation_step_",

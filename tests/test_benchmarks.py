@@ -15,11 +15,13 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+from extension import requires_extension
 
 import bench_kl
 import harness
 import real_data
 from harness import Case, Peer, Report, Timing
+from smart_kernels import symmetric_kl_grad
 
 BENCHMARKS = Path(bench_kl.__file__).parent
 
@@ -143,6 +145,13 @@ def test_peak_memory_counts_every_tensor_that_stands_at_once():
             x.neg()
 
     assert harness.peak_bytes(in_turn) == x.nbytes
+
+
+@requires_extension
+def test_peak_memory_counts_what_the_kernels_keep():
+    x = torch.zeros(1 << 8, 1 << 14)
+    for _ in range(2):
+        assert harness.peak_bytes(lambda: symmetric_kl_grad(x, x)) == x.nbytes
 
 
 def test_the_limit_of_cache_is_a_sane_size():

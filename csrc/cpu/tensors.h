@@ -8,14 +8,10 @@
 
 #include <cstdint>
 #include <initializer_list>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+
+#include "cpu/blocks.h"
 
 namespace smart_kernels {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline int32_t dtype_code(ScalarType dtype) {
   switch (dtype) {
@@ -27,15 +23,11 @@ inline int32_t dtype_code(ScalarType dtype) {
   }
 }
 
-// Large blocks come fresh from the system, and the first touch of each of their pages is a fault: with pages of 4 KiB
-// the faults of a gradient of 32 MiB take longer than its computation. Asks for pages of 2 MiB inside the block.
-inline void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may be refused
-#endif
+inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 // A contiguous CPU tensor, not initialised
@@ -47,13 +39,9 @@ inline Tensor empty_cpu(const int64_t* sizes, int64_t dim, ScalarType dtype) {
     stride *= sizes[d] > 0 ? sizes[d] : 1;
     numel *= sizes[d];
   }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, sizes, strides, dtype_code(dtype), aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor tensor(handle);
-  if (const int64_t bytes = numel * static_cast<int64_t>(tensor.element_size()); bytes >= 4 << 20)
-    ask_for_huge_pages(tensor.mutable_data_ptr(), bytes);
-  return tensor;
+  const int64_t bytes = numel * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype_code(dtype)));
+  if (bytes >= kLargeBytes) return empty_large(sizes, strides, dim, dtype, bytes);
+  return empty_strided(sizes, strides, dim, dtype_code(dtype));
 }
 inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty_cpu(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);

@@ -1,0 +1,109 @@
+// A large block comes fresh from the system, which zeroes it as it is first touched. That takes as long as to compute a
+// gradient, and several times as long where pages of 2 MiB must first be made. So what has been touched once is kept
+// for the next result, as torch does on devices.
+#include "cpu/blocks.h"
+
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "cpu/tensors.h"
+
+// Of torch 2.11 and later; null before, where nothing is kept.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t dim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* result, int32_t layout, const uint8_t* metadata,
+    int64_t metadata_bytes, void (*deleter)(void* data, void* context), void* context);
+
+namespace smart_kernels {
+namespace {
+
+constexpr int64_t kKeptBytes = 256 << 20;
+
+// With pages of 4 KiB there are 512 times as many faults as with those of 2 MiB, which are asked for inside the tensor.
+Tensor with_huge_pages(Tensor x, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
+  const uintptr_t begin = (data + page - 1) / page * page, end = (data + bytes) / page * page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may be refused
+#endif
+  return x;
+}
+
+// Tensors of bytes that nobody uses, the oldest first
+class Kept {
+ public:
+  // The smallest that holds so many bytes, if it does not hold twice as many; else a new one
+  Tensor take(int64_t bytes) {
+    {
+      const std::lock_guard lock(mutex_);
+      auto best = blocks_.end();
+      for (auto block = blocks_.begin(); block != blocks_.end(); ++block)
+        if (const int64_t size = block->numel();
+            bytes <= size && size < 2 * bytes && (best == blocks_.end() || size <= best->numel()))
+          best = block;
+      if (best != blocks_.end()) {
+        Tensor taken = std::move(*best);
+        blocks_.erase(best);
+        bytes_ -= taken.numel();
+        return taken;
+      }
+    }
+    const int64_t one = 1;
+    return with_huge_pages(empty_strided(&bytes, &one, 1, aoti_torch_dtype_uint8()), bytes);
+  }
+
+  void put(Tensor block) {
+    const int64_t size = block.numel();
+    if (size > kKeptBytes) return;
+    const std::lock_guard lock(mutex_);
+    auto rest = blocks_.begin();
+    for (; bytes_ + size > kKeptBytes; ++rest) bytes_ -= rest->numel();
+    blocks_.erase(blocks_.begin(), rest);
+    blocks_.push_back(std::move(block));
+    bytes_ += size;
+  }
+
+  int64_t clear() {
+    const std::lock_guard lock(mutex_);
+    blocks_.clear();
+    return std::exchange(bytes_, 0);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<Tensor> blocks_;
+  int64_t bytes_ = 0;
+};
+
+Kept& kept() {
+  static Kept* const blocks = new Kept;  // never destroyed: a result may outlive all that a process takes down
+  return *blocks;
+}
+
+}  // namespace
+
+Tensor empty_large(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType dtype, int64_t bytes) {
+  if (!torch_from_blob) return with_huge_pages(empty_strided(sizes, strides, dim, dtype_code(dtype)), bytes);
+  auto block = std::make_unique<Tensor>(kept().take(bytes));
+  const auto give_back = [](void*, void* context) {
+    const std::unique_ptr<Tensor> block(static_cast<Tensor*>(context));
+    kept().put(std::move(*block));
+  };
+  constexpr int32_t kNoIndex = -1;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+      block->mutable_data_ptr(), dim, sizes, strides, 0, dtype_code(dtype), aoti_torch_device_type_cpu(), kNoIndex,
+      &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, block.get()));
+  block.release();
+  return Tensor(handle);
+}
+
+int64_t empty_cache() { return kept().clear(); }
+
+}  // namespace smart_kernels
