@@ -217,7 +217,7 @@ template <typename T, bool near>
 void finish(LongRow<T>& of, int64_t cols) {
   const LongRow<T> row = of;
   const Wanted<T>& want = row.want;
-  const T own = want.detach ? T(0) : T(1);
+  const T own = want.detach ? T(0) : want.scale;
   double loss = 0;
   for (int64_t begin = 0; begin < cols; begin += kSegment) {
     Vec<T> vloss{};
@@ -236,10 +236,9 @@ void finish(LongRow<T>& of, int64_t cols) {
         difference = vabs<T>(t) <= kNear<T> ? q * expm1_small<T>(t) : p - q;
       }
       vloss += difference * t;
-      if (want.input_grad)
-        put(want.grad_a + j, (p * (t - row.kl_pq) * own + difference) * want.scale, n);
-      if (want.target_grad)
-        put(want.grad_b + j, (q * (t + row.kl_qp) * own + difference) * -want.scale, n);
+      const Vec<T> scaled = difference * want.scale;
+      if (want.input_grad) put(want.grad_a + j, p * own * (t - row.kl_pq) + scaled, n);
+      if (want.target_grad) put(want.grad_b + j, q * -own * (t + row.kl_qp) - scaled, n);
     });
     loss += reduce_add<T>(vloss);
   }
