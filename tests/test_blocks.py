@@ -15,8 +15,8 @@ pytestmark = [
     requires_extension,
     pytest.mark.skipif(torch.__version__ < "2.11", reason="this torch cannot hand out memory that is kept"),
 ]
-LIMIT = 256 << 20
 MIB = 1 << 20
+LIMIT, COUNT = 256 * MIB, 32
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +79,15 @@ def test_so_much_is_kept_and_no_more() -> None:
     assert empty_cache() == 8 * 30 * MIB <= LIMIT
     assert empty_cache() == 0
     assert len(set(places)) == 12
+    results = [grad(1) for _ in range(COUNT + 8)]
+    del results
+    assert empty_cache() == COUNT * MIB
+
+
+def test_small_results_are_none_of_it() -> None:
+    small, least = (symmetric_kl_grad(x, x) for x in (torch.zeros(1, n) for n in ((1 << 15) - 1, 1 << 15)))
+    del small, least
+    assert empty_cache() == 1 << 17
 
 
 def test_what_is_larger_than_all_that_may_be_kept_displaces_nothing() -> None:

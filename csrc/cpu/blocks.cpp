@@ -3,6 +3,7 @@
 // for the next result, as torch does on devices.
 #include "cpu/blocks.h"
 
+#include <cstddef>
 #include <memory>
 #include <mutex>
 #include <utility>
@@ -23,6 +24,8 @@ namespace smart_kernels {
 namespace {
 
 constexpr int64_t kKeptBytes = 256 << 20;
+constexpr std::ptrdiff_t kKeptBlocks = 32;
+constexpr int64_t kHugeBytes = 4 << 20;
 
 // With pages of 4 KiB there are 512 times as many faults as with those of 2 MiB, which are asked for inside the tensor.
 Tensor with_huge_pages(Tensor x, [[maybe_unused]] int64_t bytes) {
@@ -30,7 +33,7 @@ Tensor with_huge_pages(Tensor x, [[maybe_unused]] int64_t bytes) {
   constexpr uintptr_t page = 2 << 20;
   const uintptr_t data = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
   const uintptr_t begin = (data + page - 1) / page * page, end = (data + bytes) / page * page;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may be refused
+  if (bytes >= kHugeBytes) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may be refused
 #endif
   return x;
 }
@@ -63,7 +66,7 @@ class Kept {
     if (size > kKeptBytes) return;
     const std::lock_guard lock(mutex_);
     auto rest = blocks_.begin();
-    for (; bytes_ + size > kKeptBytes; ++rest) bytes_ -= rest->numel();
+    for (; bytes_ + size > kKeptBytes || blocks_.end() - rest >= kKeptBlocks; ++rest) bytes_ -= rest->numel();
     blocks_.erase(blocks_.begin(), rest);
     blocks_.push_back(std::move(block));
     bytes_ += size;

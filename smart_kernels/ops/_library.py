@@ -115,9 +115,9 @@ def load_compiled() -> dict[str, str | None]:
 def empty_cache() -> int:
     """Give the memory back that the CPU kernels keep for their next large results.
 
-    Fresh memory costs about as much time as what is computed into it. Tensors of 4 MiB and more that these kernels
-    return leave theirs, when they are gone, to the next of about their size; at most 256 MiB are kept. On GPUs that
-    is the business of torch's own allocator (:func:`torch.cuda.empty_cache`).
+    Fresh memory costs about as much time as what is computed into it. Tensors of 128 KiB and more that these kernels
+    return leave theirs, when they are gone, to the next of about their size; of 32 such tensors at most, and no more
+    than 256 MiB. On GPUs that is the business of torch's own allocator (:func:`torch.cuda.empty_cache`).
 
     Returns:
         How many bytes were kept.
