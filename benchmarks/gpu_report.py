@@ -10,7 +10,7 @@ How each is found:
 - registers, spills, shared memory, width of the accesses: from the disassembly.
 - occupancy: warps that fit on a multiprocessor at once, of those it can hold, by its published limits.
 - bytes asked: what the loads and stores of the launch ask for. How often a tensor is read follows from the bytes of
-  the load instructions that a program executes, over those of its tile, rounded down, as masks are read beside. ×
+  the load instructions that a program executes, over those of its tiles, rounded down, as masks are read beside. ×
   minimum: over every input read once and every output written once; masks and numbers of a whole row are left out.
 - bytes from memory: asked, but for what is read again while it lies in L2 for certain: by the same program, where the
   rows of all programs that run at once fit in L2; by the next kernel, where the tensors do.
@@ -42,7 +42,7 @@ from gpu_code import TARGETS, Code
 from harness import RESULTS, Report, format_table, progress_bar, seconds_text, three_digits
 from smart_kernels import reference
 from smart_kernels.ops import _chunks
-from smart_kernels.triton_kernels import perturbation, symmetric_kl
+from smart_kernels.triton_kernels import perturbation, symmetric_kl, tiles
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -290,8 +290,8 @@ class Row:
     store_bytes: list[int]
     minimum: int
     """Of the whole call."""
-    asked: int
-    from_memory: int
+    asked: float
+    from_memory: float
     special: float
     fma: float
     instructions: float
@@ -306,20 +306,20 @@ class Row:
         return max(times, key=times.__getitem__)
 
 
-def geometry(code: Code, read: int) -> tuple[int, int]:
-    """Elements of a program's tile, each with so many bytes to read, and how many tiles pass one after another."""
+def geometry(code: Code, read: int) -> tuple[int, int, int]:
+    """Elements of a program's tile, each with so many bytes to read, how many tiles it does, and of these in loops."""
     known = code.constants
     if "BLOCK_N" in known:
-        if known.get("HELD") and not code.loops:
-            return known["BLOCK_N"] * known["HELD"], 1
-        return known["BLOCK_M"] * known["BLOCK_N"], known["SPAN"] // known["BLOCK_N"] if code.loops else 1
+        rounds = known["SPAN"] // known["BLOCK_N"] if code.loops or known["HELD"] else 1
+        hip, blackwell = code.target.startswith("gfx"), code.target.startswith("sm_1")
+        return known["BLOCK_M"] * known["BLOCK_N"], rounds, rounds - tiles.blocks_kept(known["HELD"], hip, blackwell)
     if code.kernel == "_init_kernel":
-        return 4 * known["BLOCK"], 1
+        return 4 * known["BLOCK"], 1, 1
     if "BLOCK" in known:
-        return known.get("UNITS", 1) * known["BLOCK"], known.get("n_tiles", 1)
+        return known.get("UNITS", 1) * known["BLOCK"], known.get("n_tiles", 1), known.get("n_tiles", 1)
     (loop,) = code.loops
     tile = bytes_of(code, loop, "loads") * code.threads // read
-    return tile, -(-_chunks.CHUNK // tile)
+    return tile, -(-_chunks.CHUNK // tile), -(-_chunks.CHUNK // tile)
 
 
 def stage(code: Code) -> str:
@@ -337,12 +337,14 @@ def predict(work: Work, target: str) -> list[Row]:
     for code in work.compile(target):
         kernel = stage(code)
         read, written = work.parts.get(kernel, (work.read, work.written))
-        tile, rounds = geometry(code, read)
-        executed = code.executed(rounds, tile * read)
-        reads, writes = (
-            bytes_of(code, executed, accesses) * code.threads // (tile * rounds * each) if each else 0
+        tile, rounds, looped = geometry(code, read)
+        executed = code.executed(max(1, looped), tile * read)
+        tiles_read, tiles_written = (
+            bytes_of(code, executed, accesses) * code.threads // (tile * each) if each else 0
             for accesses, each in (("loads", read), ("stores", written))
         )
+        reads = tiles_read // rounds if looped == rounds else tiles_read / rounds  # those in registers are read once
+        writes = tiles_written // rounds
         asked = reads * read + writes * written
         at_once = resident(card, code)
         share = min(1, at_once * card.multiprocessors / code.programs)  # of the elements, that are worked at

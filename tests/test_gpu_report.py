@@ -111,13 +111,23 @@ def test_bars_of_the_symmetric_kl(h100: dict[tuple[str, int, int], list[Row]]) -
 
 @pytest.mark.parametrize(
     ("target", "classes"),
-    [*((target, n) for target in ("sm_80", "sm_90") for n in (12288, 16382, 16384)), ("sm_100", 12288)],
+    [*((target, n) for target in ("sm_80", "sm_90") for n in (12288, 16382, 16383, 16384)), ("sm_100", 12288)],
 )
-def test_rows_in_registers(monkeypatch: pytest.MonkeyPatch, target: str, classes: int) -> None:
+@pytest.mark.parametrize("way", ["both gradients", "one gradient"])
+def test_rows_in_registers(monkeypatch: pytest.MonkeyPatch, target: str, classes: int, way: str) -> None:
     monkeypatch.setitem(gpu_report.DTYPES, "fp16", torch.float16)
     for dtype in gpu_report.DTYPES:
-        (row,) = gpu_report.predict(gpu_report.kl_work(1024, classes, dtype, "both gradients"), target)
+        (row,) = gpu_report.predict(gpu_report.kl_work(1024, classes, dtype, way), target)
         assert (row.asked, row.spills) == (row.minimum, 0)
+
+
+@pytest.mark.parametrize("target", ["sm_100", "gfx942"])
+@pytest.mark.parametrize(("way", "reads", "writes"), [("both gradients", 2, 2), ("one gradient", 2, 1)])
+def test_rows_half_of_which_stay_in_registers(target: str, way: str, reads: int, writes: int) -> None:
+    for dtype in gpu_report.DTYPES:
+        (row,) = gpu_report.predict(gpu_report.kl_work(1024, 16384, dtype, way), target)
+        assert (row.asked / row.minimum, row.spills) == ((1.5 * reads + writes) / (reads + writes), 0)
+        assert row.from_memory == row.minimum
 
 
 def test_counts_are_plausible(h100: dict[tuple[str, int, int], list[Row]]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from oracle import SymmetricKL
 
 pytest.importorskip("triton")
+import triton
 from gpu_evidence import executed, ptxrun
 
 from smart_kernels import reference
@@ -66,14 +68,33 @@ def test_accuracy(tool: ModuleType, cols: int, dtype: torch.dtype) -> None:
     check(tool, *logits(cols, dtype))
 
 
+@triton.constexpr_function
+def _two_kept(blocks: int, hip: bool, blackwell: bool) -> int:
+    return 2
+
+
 @pytest.mark.parametrize(
-    ("cols", "dtype"), [(9000, torch.float32), (16382, torch.bfloat16), (16383, torch.bfloat16), (16384, torch.float32)]
+    ("cols", "dtype", "kept"),
+    [
+        (9000, torch.float32, 3),
+        (9001, torch.float32, 3),
+        (16382, torch.bfloat16, 4),
+        (16384, torch.float32, 4),
+        (16383, torch.bfloat16, 2),  # as on AMD and Blackwell: the others are read again
+    ],
 )
 def test_accuracy_of_rows_held_in_registers(
-    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, cols: int, dtype: torch.dtype
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cols: int, dtype: torch.dtype, kept: int
 ) -> None:
     monkeypatch.setattr(tiles, "PROGRAMS", 1)  # else so few rows are split
-    check(tool, *logits(cols, dtype))
+    if kept == 2:
+        monkeypatch.setattr(tiles, "blocks_kept", _two_kept)
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # which does not know of the change
+    a, b = logits(cols, dtype)
+    check(tool, a, b)
+    with executed(tool, **CHECKED):
+        grad = launchers.symmetric_kl_grad(a[3:7], b[3:7], None, SUM, False)
+    SymmetricKL(a[3:7], b[3:7]).check_grads(grad, torch.empty(0))
 
 
 @pytest.mark.parametrize(("cols", "dtype"), [(33, torch.float16), (40, torch.float64), (262144, torch.float32)])

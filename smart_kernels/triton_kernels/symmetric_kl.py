@@ -11,9 +11,9 @@ The other sum, skew = Σ w t = KL(p||q) - KL(q||p), gives both divergences, and 
 
 A row that a program can compare at once is read once. A longer one is compared block by block: what a thread knows of
 the blocks before is one class more among those that it reads of the next, by the chain rule of the divergence, and in
-the end all threads' parts are compared as if they were classes. For the gradients the blocks are gone through again:
-held in registers where there are enough, else read again. Where such rows are few, several programs share one: a first
-launch leaves the parts of each, a second merges them and writes the gradients.
+the end all threads' parts are compared as if they were classes. For gradients the blocks are gone through again: those
+that registers have room for are still there, the others are read again. Where such rows are few, several programs share
+one: a first launch leaves the parts of each, a second merges them and writes the gradients.
 """
 
 from __future__ import annotations
@@ -221,9 +221,7 @@ def _symmetric_kl_kernel(
 
     Or one of the SPLITS of a row, SPAN classes each: a first launch leaves its parts, a second, with FINISH, has them.
     """
-    # An AMD program of as many warps has twice the threads, and half the registers for each: it spilled 44 bytes.
-    # Four blocks spilled 8 bytes on sm_100.
-    KEPT: tl.constexpr = 0 if is_hip() or (HELD > 3 and cuda_capability_geq(10)) else HELD
+    KEPT: tl.constexpr = tiles.blocks_kept(HELD, is_hip(), cuda_capability_geq(10))
     split = tl.program_id(0) % SPLITS
     rows = (tl.program_id(0) // SPLITS).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     begin, end = split * SPAN, tl.minimum(split * SPAN + SPAN, N_COLS)
@@ -375,7 +373,8 @@ def _launch(
     splits = min(triton.next_power_of_2(triton.cdiv(tiles.PROGRAMS, n_rows)), triton.next_power_of_2(blocks))
     if 2 * n_rows > tiles.PROGRAMS or blocks == 1:
         splits = 1
-    held = blocks > 1 and splits == 1 and not kind and n_cols <= tiles.HELD and input_grad and target_grad
+    held = blocks > 1 and splits == 1 and input.dtype != torch.float64 and n_cols <= tiles.HELD
+    held = held and (input_grad or target_grad)
     if held:
         tile = tiles.choose("symmetric_kl, held", n_cols)
         blocks = triton.cdiv(n_cols, tile.columns)

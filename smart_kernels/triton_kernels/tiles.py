@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import triton
+
 
 class Tile(NamedTuple):
     """What one program does at a time, with how many warps; no more than 16, as a GPU's may have 64 lanes."""
@@ -53,9 +55,19 @@ _PERTURBATION_STEP = {
 _PERTURBATION_STEP_FP64 = {length: tile for length, tile in _PERTURBATION_STEP.items() if length != 16384}
 
 HELD = 16384
-"""Up to so many classes a row's logits stay in registers where both gradients are asked for, beside 8 elements of each
-for a thread to work on. It is read twice for one gradient, which spilled 8 bytes on sm_100; if aligned to one element;
-in fp64; and on AMD."""
+"""Up to so many classes a row's logits stay in registers for its gradients, beside 8 elements of each for a thread to
+work on; not in fp64."""
+
+
+@triton.constexpr_function
+def blocks_kept(blocks: int, hip: bool, blackwell: bool) -> int:
+    """How many blocks of a row that is held stay in registers, on a target; the others are read twice.
+
+    On AMD, where a program of as many warps has twice the threads and half the registers for each, three spilled 29 to
+    59 bytes; on Blackwell all four spilled 8.
+    """
+    return min(blocks, 2) if hip or (blackwell and blocks > 3) else blocks
+
 
 PROGRAMS = 256
 """Where long rows are fewer than half of that, each is cut into splits, as many as make so many programs."""
