@@ -283,7 +283,8 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
 
     What a call returns is counted. On the CPU the profiler's allocation events are summed, which every tensor
     of PyTorch, of a compiled graph and of an extension goes through; plain malloc in C++ does not show. What our
-    kernels keep for their next results is given back before, so that it is allocated in sight.
+    kernels keep for their next results is given back before, so that it is allocated in sight; what they keep during
+    the call counts as standing.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import threading
 
 import pytest
@@ -21,6 +23,7 @@ LIMIT, COUNT = 256 * MIB, 32
 
 @pytest.fixture(autouse=True)
 def nothing_kept() -> None:
+    gc.collect()  # what other tests have left in cycles
     empty_cache()
 
 
@@ -117,7 +120,41 @@ def test_threads_take_and_leave_memory_at_the_same_time() -> None:
     assert not wrong
 
 
-def test_a_result_is_a_tensor_like_any_other() -> None:
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_fork_in_the_midst_of_it_leaves_a_child_that_can_go_on() -> None:
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            grad(1)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    codes = []
+    for _ in range(30):
+        child = multiprocessing.get_context("fork").Process(target=empty_cache)
+        child.start()
+        child.join(20)
+        codes.append(child.exitcode)
+        if child.exitcode is None:
+            child.kill()
+            break
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert codes == [0] * 30
+
+
+def test_a_result_that_cannot_be_is_refused() -> None:
+    rows = torch.zeros(1, 1, dtype=torch.float64).expand(2**41 + 1, 2**20)  # 8 MiB, if counted in 64 bits
+    with pytest.raises(RuntimeError):
+        symmetric_kl_grad(rows, rows)
+
+
+def test_a_result_is_a_tensor_like_others_but_for_its_fixed_size() -> None:
+    with pytest.raises(RuntimeError, match="not resizable"):
+        grad(4).resize_(5 * MIB)
     result = grad(4)
     expected = result.clone()
     assert result.is_contiguous()

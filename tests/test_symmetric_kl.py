@@ -392,6 +392,17 @@ def test_an_input_without_gradient_costs_none() -> None:
     assert not symmetric_kl(a, b.detach()).requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("cols", "delta"), [(5, 0.1), (5, 2.0), (97, 0.1), (97, 2.0), (1000, 2.0)])
+def test_bits_do_not_depend_on_which_gradients_are_wanted(dtype: torch.dtype, cols: int, delta: float) -> None:
+    a, b = logits(200, cols, delta, dtype)
+    loss, *grads = ops.symmetric_kl_forward_backward(a, b, None, NONE, False, True, True)
+    for wanted in itertools.product((False, True), repeat=2):
+        other, *others = ops.symmetric_kl_forward_backward(a, b, None, NONE, False, *wanted)
+        assert torch.equal(other, loss)
+        assert all(torch.equal(x, y) for x, y, is_wanted in zip(grads, others, wanted, strict=True) if is_wanted)
+
+
 def test_a_change_in_place_after_forward_is_noticed() -> None:
     a, b = logits(6, 5, 0.5, torch.float32)
     a.requires_grad_()

@@ -21,8 +21,9 @@ Worst worst_of(uint32_t begin, uint32_t end, uint32_t step, F&& f, G&& exact) {
       const bool same = std::isnan(truth) ? std::isnan(y[i]) : std::isinf(truth) && y[i] == truth;
       int exponent;
       std::frexp(truth, &exponent);
-      const double units = same ? 0 : std::ldexp(error, 24 - std::max(exponent, -125));
-      if (!(units <= worst.units)) worst = {units, x[i]};
+      const double units = std::ldexp(error, 24 - std::max(exponent, -125));
+      const double wrong = same ? 0 : std::isnan(units) ? std::numeric_limits<double>::infinity() : units;
+      if (wrong > worst.units) worst = {wrong, x[i]};
     }
   }
   return worst;

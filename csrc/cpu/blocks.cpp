@@ -8,6 +8,9 @@
 #include <mutex>
 #include <utility>
 #include <vector>
+#if __has_include(<pthread.h>)
+#include <pthread.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -27,7 +30,7 @@ constexpr int64_t kKeptBytes = 256 << 20;
 constexpr std::ptrdiff_t kKeptBlocks = 32;
 constexpr int64_t kHugeBytes = 4 << 20;
 
-// With pages of 4 KiB there are 512 times as many faults as with those of 2 MiB, which are asked for inside the tensor.
+// With pages of 4 KiB there are 512 times as many faults as with those of 2 MiB, which are asked for inside.
 Tensor with_huge_pages(Tensor x, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t page = 2 << 20;
@@ -41,6 +44,8 @@ Tensor with_huge_pages(Tensor x, [[maybe_unused]] int64_t bytes) {
 // Tensors of bytes that nobody uses, the oldest first
 class Kept {
  public:
+  Kept() { blocks_.reserve(kKeptBlocks); }
+
   // The smallest that holds so many bytes, if it does not hold twice as many; else a new one
   Tensor take(int64_t bytes) {
     {
@@ -64,19 +69,28 @@ class Kept {
   void put(Tensor block) {
     const int64_t size = block.numel();
     if (size > kKeptBytes) return;
+    std::vector<Tensor> dropped;  // and freed when the lock is open again
     const std::lock_guard lock(mutex_);
     auto rest = blocks_.begin();
-    for (; bytes_ + size > kKeptBytes || blocks_.end() - rest >= kKeptBlocks; ++rest) bytes_ -= rest->numel();
+    for (; bytes_ + size > kKeptBytes || blocks_.end() - rest >= kKeptBlocks; ++rest) {
+      bytes_ -= rest->numel();
+      dropped.push_back(std::move(*rest));
+    }
     blocks_.erase(blocks_.begin(), rest);
     blocks_.push_back(std::move(block));
     bytes_ += size;
   }
 
   int64_t clear() {
+    std::vector<Tensor> dropped;
     const std::lock_guard lock(mutex_);
-    blocks_.clear();
+    dropped.swap(blocks_);
+    blocks_.reserve(kKeptBlocks);
     return std::exchange(bytes_, 0);
   }
+
+  // A child of a fork has the lock as it was, but none of the threads that could open it.
+  std::mutex& mutex() { return mutex_; }
 
  private:
   std::mutex mutex_;
@@ -85,7 +99,12 @@ class Kept {
 };
 
 Kept& kept() {
-  static Kept* const blocks = new Kept;  // never destroyed: a result may outlive all that a process takes down
+  static Kept* const blocks = [] {
+#if __has_include(<pthread.h>)
+    pthread_atfork([] { kept().mutex().lock(); }, [] { kept().mutex().unlock(); }, [] { kept().mutex().unlock(); });
+#endif
+    return new Kept;  // never destroyed: a result may outlive all that a process takes down
+  }();
   return *blocks;
 }
 
@@ -93,7 +112,7 @@ Kept& kept() {
 
 Tensor empty_large(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType dtype, int64_t bytes) {
   if (!torch_from_blob) return with_huge_pages(empty_strided(sizes, strides, dim, dtype_code(dtype)), bytes);
-  auto block = std::make_unique<Tensor>(kept().take(bytes));
+  Tensor* const block = new Tensor(kept().take(bytes));
   const auto give_back = [](void*, void* context) {
     const std::unique_ptr<Tensor> block(static_cast<Tensor*>(context));
     kept().put(std::move(*block));
@@ -102,8 +121,7 @@ Tensor empty_large(const int64_t* sizes, const int64_t* strides, int64_t dim, Sc
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
       block->mutable_data_ptr(), dim, sizes, strides, 0, dtype_code(dtype), aoti_torch_device_type_cpu(), kNoIndex,
-      &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, block.get()));
-  block.release();
+      &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, block));
   return Tensor(handle);
 }
 

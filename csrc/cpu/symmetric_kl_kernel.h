@@ -24,7 +24,7 @@ constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
 // Sums run in vectors of T over so many elements and then in double, so that a long row costs no digits.
 constexpr int64_t kSegment = 4096;
 constexpr int64_t kMaxTransposed = 96;  // of which what is kept fits in the first cache
-// Longer rows are done several together, as long as these have so many elements.
+// Longer rows are done several together, as many as have so many elements at most.
 constexpr int64_t kTogether = 2048;
 constexpr int kMaxTogether = 8;
 
@@ -118,7 +118,7 @@ struct Wanted {
   T *grad_a, *grad_b;
 };
 
-// A row of any length on its way: what is asked for, and what each stage finds out.
+// A row of any length on its way: what is asked for, and what each stage finds out. Few serve all rows in turn.
 template <typename T>
 struct LongRow {
   const T *a, *b;
@@ -202,7 +202,7 @@ void conclude(LongRow<T>& row) {
     row.offset = T(-drift * ratio);
   } else {
     const double inv_a = 1 / row.sum_a;
-    s = std::log(row.sum_a * inv_b) + (double(row.at.max_a) - row.at.max_b - row.at.centre);
+    s = std::log(row.sum_a / row.sum_b) + (double(row.at.max_a) - row.at.max_b - row.at.centre);
     p_d = row.p_d * inv_a;
     row.inv_a = T(inv_a);
   }
@@ -232,7 +232,7 @@ void finish(LongRow<T>& of, int64_t cols) {
         difference = q * (expm1_small<T>(d) * row.ratio + row.offset);  // q expm1(d - s)
         p = q + difference;
       } else {
-        p = load_n(want.grad_a + j, n, T(0)) * row.inv_a;
+        p = rounded(load_n(want.grad_a + j, n, T(0)) * row.inv_a);  // the same bits whichever gradients are wanted
         difference = vabs<T>(t) <= kNear<T> ? q * expm1_small<T>(t) : p - q;
       }
       vloss += difference * t;
@@ -564,7 +564,8 @@ void run_rows(const SymmetricKLJob& job, int64_t begin, int64_t end) {
       const T scale = common * (row_upstream ? row_upstream[first + i] : T(1)) * factor;
       LongRow<T>& row = rows[i];
       row.a = a + i * cols, row.b = b + i * cols;
-      row.want = {scale, job.detach_targets, job.grad_a != nullptr, job.grad_b != nullptr, to_a + i * cols, to_b + i * cols};
+      const bool detach = job.detach_targets, of_a = job.grad_a, of_b = job.grad_b;
+      row.want = {scale, detach, of_a, of_b, to_a + i * cols, to_b + i * cols};
       row.counts = factor != T(0);
       if (!row.counts) row.settle(T(0), T(0), cols);
     }

@@ -32,15 +32,15 @@ inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_
 
 // A contiguous CPU tensor, not initialised
 inline Tensor empty_cpu(const int64_t* sizes, int64_t dim, ScalarType dtype) {
-  int64_t strides[16], numel = 1;
+  int64_t strides[16], bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype_code(dtype)));
+  bool too_many = false;  // which torch refuses
   STD_TORCH_CHECK(dim <= 16, "smart_kernels: tensors of more than 16 dimensions are not supported");
   for (int64_t d = dim, stride = 1; d-- > 0;) {
     strides[d] = stride;
     stride *= sizes[d] > 0 ? sizes[d] : 1;
-    numel *= sizes[d];
+    too_many |= __builtin_mul_overflow(bytes, sizes[d], &bytes);
   }
-  const int64_t bytes = numel * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype_code(dtype)));
-  if (bytes >= kLargeBytes) return empty_large(sizes, strides, dim, dtype, bytes);
+  if (bytes >= kLargeBytes && !too_many) return empty_large(sizes, strides, dim, dtype, bytes);
   return empty_strided(sizes, strides, dim, dtype_code(dtype));
 }
 inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {

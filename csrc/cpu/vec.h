@@ -149,6 +149,16 @@ template <typename V>
 SK_INLINE V vmin(V a, V b) {
   return a < b ? a : b;
 }
+// x as it would be stored: the compiler may not fuse its last multiplication with what is added to it
+template <typename V>
+SK_INLINE V rounded(V x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
 template <typename T>
 SK_INLINE Vec<T> vabs(Vec<T> x) {
   return (Vec<T>)((Mask<T>)x & std::numeric_limits<std::remove_reference_t<decltype(Mask<T>{}[0])>>::max());
@@ -246,17 +256,20 @@ SK_INLINE Vec<T> expm1_small(Vec<T> x) {
 // exp(x) for |x| <= ln 2 / 2, to 0.74 (1.02); 1 for 0.
 template <typename T>
 SK_INLINE Vec<T> exp_small(Vec<T> x) {
-  if constexpr (!std::is_same_v<T, float>) return expm1_small<T>(x) + T(1);
-  Vec<T> p = set1(T(1.3821459142491221e-3));
-  p = p * x + T(8.3686625584959984e-3);
-  p = p * x + T(4.1668254882097244e-2);
-  p = p * x + T(1.6666521131992340e-1);
-  p = p * x + T(4.9999994039535522e-1);
-  p = p * x + T(1);
-  return p * x + T(1);
+  if constexpr (std::is_same_v<T, float>) {
+    Vec<T> p = set1(1.3821459142491221e-3f);
+    p = p * x + 8.3686625584959984e-3f;
+    p = p * x + 4.1668254882097244e-2f;
+    p = p * x + 1.6666521131992340e-1f;
+    p = p * x + 4.9999994039535522e-1f;
+    p = p * x + 1.0f;
+    return p * x + 1.0f;
+  } else {
+    return expm1_small<T>(x) + T(1);
+  }
 }
 
-// exp(x) for x <= 0, to 0.91 (1.18); 0 below the smallest normal result.
+// exp(x) for x <= 0, to 0.91 (1.18); 0 below the smallest normal result; anything for NaN.
 template <typename T>
 SK_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
   constexpr bool f = std::is_same_v<T, float>;

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -117,7 +118,8 @@ def empty_cache() -> int:
 
     Fresh memory costs about as much time as what is computed into it. Tensors of 128 KiB and more that these kernels
     return leave theirs, when they are gone, to the next of about their size; of 32 such tensors at most, and no more
-    than 256 MiB. On GPUs that is the business of torch's own allocator (:func:`torch.cuda.empty_cache`).
+    than 256 MiB. Their storages cannot be resized. On GPUs that is the business of torch's own allocator
+    (:func:`torch.cuda.empty_cache`).
 
     Returns:
         How many bytes were kept.
@@ -131,4 +133,5 @@ def empty_cache() -> int:
         >>> empty_cache() in (8 << 20, 0)  # 0 before torch 2.11, and with no compiled kernels
         True
     """
-    return importlib.import_module(f"{NAMESPACE}._C").empty_cache() if load_compiled()["_C"] is None else 0
+    compiled = sys.modules.get(f"{NAMESPACE}._C")
+    return 0 if compiled is None else compiled.empty_cache()

@@ -298,6 +298,6 @@ class _Differentiable(torch.autograd.Function):
         return *grads, None, None, None
 
 
-# The C function below Function.apply. What that adds in Python is for torch.func's transforms only, and takes 3 of the
-# 44 us that 32 rows of 3 classes need there and back.
+# The C function below Function.apply. What that adds in Python is for torch.func's transforms, and takes 3 of the 44 us
+# that 32 rows of 3 classes need there and back.
 _apply = super(torch.autograd.Function, _Differentiable).apply
