@@ -555,15 +555,14 @@ void run_rows(const SymmetricKLJob& job, int64_t begin, int64_t end) {
   LongRow<T> rows[kMaxTogether];
   for (int64_t first = begin; first < end; first += together) {
     const int count = int(std::min<int64_t>(together, end - first));
-    const T* const a = rows_in(job.a, first, count, scratch.get());
-    const T* const b = rows_in(job.b, first, count, scratch.get() + room);
     T* const to_a = grad_a.at(first * cols, scratch.get() + 2 * room);
     T* const to_b = grad_b.at(first * cols, scratch.get() + 3 * room);
     for (int i = 0; i < count; ++i) {
       const T factor = weight ? weight[first + i] : T(1);
       const T scale = common * (row_upstream ? row_upstream[first + i] : T(1)) * factor;
       LongRow<T>& row = rows[i];
-      row.a = a + i * cols, row.b = b + i * cols;
+      row.a = rows_in(job.a, first + i, 1, scratch.get() + i * cols);  // each where it lies, if it can
+      row.b = rows_in(job.b, first + i, 1, scratch.get() + room + i * cols);
       const bool detach = job.detach_targets, of_a = job.grad_a, of_b = job.grad_b;
       row.want = {scale, detach, of_a, of_b, to_a + i * cols, to_b + i * cols};
       row.counts = factor != T(0);
