@@ -14,16 +14,18 @@ from torch import Tensor
 from smart_kernels.smart.checkpoint import gather_state, restore_state
 from smart_kernels.smart.config import SmartConfig
 from smart_kernels.smart.objective import Smart, attention_mask
-from smart_kernels.smart.passes import model_logits
+from smart_kernels.smart.passes import output_logits
 
 
 class SmartCallback(Callback):  # type: ignore[misc]
     """The SMART objective (Jiang et al. 2020, arXiv 1911.03437) instead of the loss of a LightningModule.
 
-    The module's ``training_step`` has to return a mapping with "loss" and "logits", as a Hugging Face model does. It
-    is run for each of a step's passes; what it logs counts once, that of the ordinary pass. The module logs
-    task_loss, smoothness, proximal and skipped_samples too. The teacher moves after each step that the optimiser has
-    made, and the state of SMART is part of Lightning's checkpoints.
+    The module's ``training_step`` returns a mapping with "loss" and "logits", as a Hugging Face model does, or a loss:
+    then what the model's calls in it gave is compared. It runs once a step, for the ordinary pass, and so do its logs,
+    metrics and counters; where the logits are made in a way that cannot be followed, it runs for each pass, what
+    it logs counts once, and what it changes in the module is put back. For a None the batch is skipped. The module
+    logs task_loss, smoothness, proximal and skipped_samples too. The teacher moves after each step that the optimiser
+    has made, and the state of SMART is part of Lightning's checkpoints.
 
     Args:
         config: the hyper-parameters; the paper's by default.
@@ -54,7 +56,7 @@ class SmartCallback(Callback):  # type: ignore[misc]
         self._state: dict[str, Tensor] | None = None  # to resume from
         self._training_step: Callable[..., Any]
         self._place: tuple[Any, ...] = ()  # of a batch in its epoch
-        self._output: Mapping[str, Any] | None = None  # of the ordinary pass
+        self._output: Any = None  # of the ordinary pass
         self._handles: list[Any] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -103,28 +105,47 @@ class SmartCallback(Callback):  # type: ignore[misc]
         """Keep the state until training begins."""
         self._state = state_dict
 
-    def _step(self, pl_module: LightningModule, batch: Any, *place: Any) -> dict[str, Any]:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """The student's weights, also where the module has the teacher's at the moment, to be validated."""
+        teacher = None if self.smart is None else self.smart.teacher
+        if teacher is not None and teacher.swapped:
+            state = checkpoint["state_dict"]
+            state |= {name: value for name, value in teacher.students().items() if name in state}
+
+    def _step(self, pl_module: LightningModule, batch: Any, *place: Any) -> Any:
         """In place of the module's training_step."""
         assert self.smart is not None
-        self._place, self._output = place, None
-        out = self.smart(batch)
+        self._place = place
+        try:
+            out = self.smart(batch)
+        except _NoLoss:  # the module skips the batch
+            return None
         output, self._output = self._output, None
-        assert output is not None
         for name in ("task_loss", "smoothness", "proximal"):
             pl_module.log(name, getattr(out, name))
         pl_module.log("skipped_samples", self.smart.skipped.float())
-        return {**output, "loss": out.loss}
+        return {**output, "loss": out.loss} if isinstance(output, Mapping) else out.loss
 
     def _forward(self, pl_module: LightningModule, batch: Any) -> tuple[Tensor, Any]:
-        with nullcontext() if self._output is None else _silent(pl_module):
+        assert self.smart is not None
+        again = self.smart.repeats
+        with _silent(pl_module) if again else nullcontext():
             output = self._training_step(batch, *self._place)
-        if not isinstance(output, Mapping) or "loss" not in output:
+        if output is None:
+            raise _NoLoss
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):
             raise ValueError(
-                f"training_step: returned {type(output).__name__}, expected a mapping with 'loss' and 'logits'"
+                f"training_step: returned {type(output).__name__}, expected a mapping with 'loss', and 'logits' where "
+                "they are not the model's own, or a loss, or None to skip the batch"
             )
-        if self._output is None:
+        if not again:
             self._output = output
-        return output["loss"], model_logits(output, "start_logits" in output)
+        return loss, output_logits(output)
+
+
+class _NoLoss(Exception):  # noqa: N818
+    """A training_step returned None: the batch is skipped."""
 
 
 @contextmanager

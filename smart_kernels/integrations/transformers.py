@@ -9,6 +9,7 @@ import math
 import os
 import re
 import typing
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +25,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from smart_kernels.smart.checkpoint import load_smart, save_smart
 from smart_kernels.smart.config import CHOICES, SmartConfig
 from smart_kernels.smart.divergence import IGNORED
-from smart_kernels.smart.objective import Smart, SmartOutput
-from smart_kernels.smart.passes import generator_states, model_logits, set_generator_states
+from smart_kernels.smart.objective import Smart, SmartOutput, attention_mask
+from smart_kernels.smart.passes import Forward, model_logits, output_logits
+from smart_kernels.smart.structure import copied
 
 SMART_NAME = "smart.safetensors"
 """The file in a checkpoint that holds the state of SMART."""
@@ -110,6 +112,9 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         args: the arguments, a SmartTrainingArguments.
         others: Trainer's other arguments, by position.
         divergence: a callable instead of `args.smart_divergence`, as in :class:`~smart_kernels.SmartConfig`.
+        mask: which positions are perturbed, as in :class:`~smart_kernels.Smart`; by default the "attention_mask".
+        forward: how the model is run in training, as in :class:`~smart_kernels.Smart`: (model, inputs) -> (task loss,
+            logits), instead of Trainer's own `compute_loss`. The loss is a mean over the batch.
         kwargs: Trainer's other arguments, by name.
 
     Attributes:
@@ -127,6 +132,8 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         args: SmartTrainingArguments | None = None,
         *others: Any,
         divergence: Callable[..., Tensor] | None = None,
+        mask: Callable[[Any], Any] | None = None,
+        forward: Forward | None = None,
         **kwargs: Any,
     ) -> None:
         args = SmartTrainingArguments("tmp_trainer") if args is None else args
@@ -135,9 +142,10 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         args.smart_config()
         self.smart: Smart | None = None
         self._divergence = divergence
+        self._mask = attention_mask if mask is None else mask
+        self._own_forward = forward
         self._checkpoint: str | None = None  # that the training goes on from
-        self._ignores_num_items: bool | None = None
-        self._counts_samples = False  # whether smoothness and proximal term are means over samples, not over tokens
+        self._kinds: dict[Any, tuple[bool, bool]] = {}  # of batches, see _ignored
         self._outputs: Any = None
         super().__init__(model, args, *others, **kwargs)
         self.add_callback(_Steps(self))
@@ -183,12 +191,25 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         if self._divergence is not None:
             config = dataclasses.replace(config, divergence=self._divergence)
         steps = max(1, self.state.max_steps)  # a training of no epochs begins, too
-        self.smart = Smart(self.model_wrapped, config, steps, embedding=args.smart_embedding, forward=self._forward)
+        options: Any = {"embedding": args.smart_embedding, "forward": self._forward, "mask": self._mask}
+        self.smart = Smart(self.model_wrapped, config, steps, **options)
         if self._checkpoint is not None:
             load_smart(self.smart, Path(self._checkpoint, SMART_NAME))
-        self._ignores_num_items = None
+        self._kinds = {}
+        self._steps_seen = 0
         self._sums = torch.zeros(4, device=self.smart.skipped.device)
         self._steps = 0
+
+    def before_step(self) -> None:
+        """See that the gradients of this optimiser step are those of SMART's objective."""
+        assert self.smart is not None
+        if self.smart.steps == self._steps_seen:
+            raise RuntimeError(
+                "compute_loss: no loss of this step came from SMART, as an overridden compute_loss or training_step "
+                "does not call SmartTrainer's. Override neither: give `compute_loss_func` or `forward`, or put the "
+                "class with the override behind: `class T(SmartTrainer, YourTrainer)`"
+            )
+        self._steps_seen = self.smart.steps
 
     def end_step(self) -> None:
         """Move the teacher, if the optimiser has made its step."""
@@ -215,13 +236,15 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             if num_items_in_batch is None:
                 weight = 1 / batches
-            elif self._ignored(model, inputs, num_items_in_batch):
-                weight = self._counted(inputs) * processes / num_items_in_batch
-                num_items_in_batch = None
             else:
-                share = num_items_in_batch / processes
-                if self._counts_samples:  # while Trainer counts the elements of the labels
-                    share = share * len(inputs["labels"]) / self._counted(inputs)
+                ignored, by_samples = self._ignored(model, inputs, num_items_in_batch)
+                if ignored:
+                    weight = self._counted(inputs) * processes / num_items_in_batch
+                    num_items_in_batch = None
+                else:
+                    share = num_items_in_batch / processes
+                    if by_samples:  # while Trainer counts the elements of the labels
+                        share = share * len(inputs["labels"]) / self._counted(inputs)
         self._outputs = None
         out = self.smart({**inputs, _NUM_ITEMS: num_items_in_batch}, num_items=share)
         outputs, self._outputs = self._outputs, None
@@ -230,14 +253,25 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         return (loss, outputs) if return_outputs else loss
 
     def _forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Any]:
-        """A pass of the model, with Trainer's own loss."""
+        """A pass of the model, with the loss of the trainer behind this one."""
         inputs = dict(batch)
-        loss, outputs = super().compute_loss(model, inputs, True, inputs.pop(_NUM_ITEMS))
-        if self._outputs is None:  # of the first pass, the clean one
+        num_items = inputs.pop(_NUM_ITEMS)
+        if self._own_forward is not None:
+            loss, logits = self._own_forward(model, inputs)
+            outputs: Any = {"loss": loss, "logits": logits}
+        else:
+            with warnings.catch_warnings():
+                # what is deprecated is to ask for outputs, which is how logits are found
+                warnings.filterwarnings("ignore", ".*return_outputs=True", FutureWarning)
+                loss, outputs = super().compute_loss(model, inputs, True, num_items)
+            if isinstance(outputs, tuple):
+                with_loss = "labels" in inputs or "labels" not in batch  # else Trainer has kept the labels to itself
+                logits = model_logits(outputs if with_loss else (loss, *outputs), "start_positions" in batch)
+            else:
+                logits = output_logits(outputs)
+        if self.smart is None or not self.smart.repeats:
             self._outputs = outputs
-        if isinstance(outputs, tuple) and "labels" in batch and "labels" not in inputs:
-            outputs = (loss, *outputs)  # Trainer has kept the labels to itself
-        return loss, model_logits(outputs, "start_positions" in batch)
+        return loss, logits
 
     def _trainer_divides(self, num_items: Tensor | int | None) -> bool:
         """Whether Trainer divides the loss by the number of batches in a step."""
@@ -252,29 +286,26 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         shifted = getattr(self, "_loss_shifts_labels", False)
         return (labels[..., 1:] if shifted else labels).ne(IGNORED).sum()  # type: ignore[no-any-return]
 
-    def _ignored(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int) -> bool:
-        """Whether the task loss is the same for any number of items: found once, by trying two.
+    def _ignored(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int) -> tuple[bool, bool]:
+        """Whether the task loss is the same for any number of items, and whether the terms are means over samples.
 
-        What is a mean over samples and what over tokens is seen there, too: in the shape of the logits.
+        Found once for each kind of batch, by trying two numbers: what is a mean over samples and what over tokens is
+        seen there, too, in the shape of the logits.
         """
-        if self._ignores_num_items is None:
-            states = generator_states(model)
-            model.eval()
-            with torch.no_grad():
-                once, logits = self._forward(model, {**inputs, _NUM_ITEMS: num_items})
-                twice, _ = self._forward(model, {**inputs, _NUM_ITEMS: 2 * num_items})
-            model.train()
-            set_generator_states(states)
+        kind = tuple((name, x.dim(), x.dtype) for name, x in sorted(inputs.items()) if isinstance(x, Tensor))
+        if kind not in self._kinds:
             assert self.smart is not None
-            self._counts_samples = (
-                self.smart.config.divergence == "squared_error" or not isinstance(logits, Tensor) or logits.dim() < 3
-            )
+            with self.smart.trial(), torch.no_grad():
+                once, logits = self._forward(model, {**copied(inputs)[0], _NUM_ITEMS: num_items})
+                twice, _ = self._forward(model, {**copied(inputs)[0], _NUM_ITEMS: 2 * num_items})
+            tokens = isinstance(logits, Tensor) and logits.dim() > 2
+            by_samples = self.smart.config.divergence == "squared_error" or not tokens
             telling = once.isfinite() & (once != 0)  # not so where nothing in this batch has a label
             votes = self.accelerator.reduce(torch.stack([telling & (once != twice), telling & (once == twice)]).long())
             if not votes.any():
-                return False
-            self._ignores_num_items = not votes[0]
-        return self._ignores_num_items
+                return False, by_samples
+            self._kinds[kind] = not votes[0], by_samples
+        return self._kinds[kind]
 
     # ------------------------------------------------------------------------------------------------ logging
 
@@ -284,11 +315,14 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         terms = weight * torch.stack([out.task_loss, out.smoothness, out.proximal])
         size = terms.new_zeros(1)
         if out.perturbation is not None:
-            config, delta = self.smart.config, out.perturbation
-            sizes = torch.linalg.vector_norm(
-                delta if config.scope == "token" else delta.flatten(1), math.inf if config.norm == "linf" else 2, dim=-1
-            )
-            size = sizes.amax().to(terms) / self.current_gradient_accumulation_steps
+            config = self.smart.config
+            deltas = out.perturbation if isinstance(out.perturbation, tuple) else (out.perturbation,)
+            order = math.inf if config.norm == "linf" else 2
+            sizes = [
+                torch.linalg.vector_norm(d if config.scope == "token" else d.flatten(1), order, dim=-1).amax()
+                for d in deltas
+            ]
+            size = torch.stack(sizes).amax().to(terms) / self.current_gradient_accumulation_steps
         self._sums += torch.cat([terms, size.view(1)])
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -346,6 +380,9 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.begin()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.before_step()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.end_step()

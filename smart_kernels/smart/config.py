@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +38,9 @@ class SmartConfig:
             (section 4.1: 1e-5).
         noise_std: standard deviation of the noise that the ascent starts from, >= 0, in units of the embeddings
             (section 4.1: 1e-5).
-        step_size: length of an ascent step, > 0, in units of the embeddings: the gradient is normalised to 1 first
-            (section 4.1: 1e-3, a hundred times the radius, so that almost every step ends on the ball's surface).
+        step_size: length of an ascent step, > 0, in units of the embeddings: the gradient is normalised to 1 first.
+            None, the default, is 100 epsilon, so that almost every step ends on the ball's surface (section 4.1:
+            1e-3 at an epsilon of 1e-5). The step that is taken is :attr:`step_length`.
         ascent_steps: ascent steps of the "power" adversary, >= 1 (the paper's T_x; section 4.1: 1). The other
             adversaries take one step or none, so theirs stays 1.
         norm: the ball's norm and the gradient's, "linf" (the paper's) or "l2".
@@ -71,6 +72,8 @@ class SmartConfig:
             evaluation mode, batch normalisation apart. "shared" and "independent" read and set the state of
             the default generators, which a CUDA graph's capture forbids: capture with "off".
         detach_clean: take the clean pass in R_s as a constant; by default gradients flow into it too (section 3.1).
+        check: at the first step, see that the terms are connected (:meth:`smart_kernels.Smart.check`), for a few
+            forward passes, once; training stops where one is not.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -85,7 +88,7 @@ class SmartConfig:
     lambda_s: float = 1.0
     epsilon: float = 1e-5
     noise_std: float = 1e-5
-    step_size: float = 1e-3
+    step_size: float | None = None
     ascent_steps: int = 1
     norm: str = "linf"
     scope: str = "sample"
@@ -99,10 +102,11 @@ class SmartConfig:
     divergence: str | Callable[[Any, Any, Mapping[str, Any]], Tensor] = "auto"
     dropout: str = "shared"
     detach_clean: bool = False
+    check: bool = True
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for name in ("lambda_s", "epsilon", "noise_std", "step_size", "mu"):
+        for name in ("lambda_s", "epsilon", "noise_std", "mu", *(["step_size"] if self.step_size is not None else [])):
             self._check_number(name, math.inf)
         for name in ("decay", "decay_late", "decay_switch"):
             self._check_number(name, 1.0)
@@ -119,18 +123,43 @@ class SmartConfig:
             if value not in choices and not (name == "divergence" and callable(value)):
                 expected = ", ".join(map(repr, choices)) + (" or a callable" if name == "divergence" else "")
                 raise ValueError(f"{name}: got {value!r}, expected one of {expected}")
-        if not isinstance(self.detach_clean, bool):
-            raise TypeError(f"detach_clean: got {type(self.detach_clean).__name__}, expected bool")
+        for name in ("detach_clean", "check"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: got {type(getattr(self, name)).__name__}, expected bool")
         if self.ascent_steps > 1 and self.adversary != "power":
             raise ValueError(
                 f"ascent_steps: got {self.ascent_steps} with adversary={self.adversary!r}, expected 1: "
                 "only 'power' takes a new gradient at each step"
             )
+        for nothing in self._without_effect():
+            warnings.warn(nothing, stacklevel=3)
+
+    @property
+    def step_length(self) -> float:
+        """The length of an ascent step, in units of the embeddings: `step_size`, or 100 `epsilon`."""
+        return 100 * self.epsilon if self.step_size is None else self.step_size
+
+    def _without_effect(self) -> Iterator[str]:
+        """What is set so that a term does nothing, or less than it says."""
         if self.mu and self.proximal == "vanilla" and self.inner_steps == 1:
-            warnings.warn(
+            yield (
                 "proximal='vanilla' with inner_steps=1 holds the parameters close to themselves: the term is 0; "
-                "set inner_steps to 2 or more",
-                stacklevel=3,
+                "set inner_steps to 2 or more"
+            )
+        if not self.lambda_s:
+            return
+        if not self.noise_std and (self.adversary == "random" or (self.adversary == "power" and self.epsilon)):
+            yield (
+                f"noise_std=0 with adversary={self.adversary!r}: without noise the passes are the same, so that the "
+                "smoothness term and its gradient are 0; set noise_std, or take adversary='predicted'"
+            )
+        elif self.adversary != "random" and not self.epsilon:
+            yield "epsilon=0: the ball is a point, and the smoothness term 0; set it, or lambda_s=0 to save its passes"
+        reach = self.ascent_steps * self.step_length
+        if self.adversary != "random" and reach < self.epsilon:
+            yield (
+                f"step_size={self.step_length:g}: {self.ascent_steps} step(s) of it cannot reach the surface of the "
+                f"ball, epsilon={self.epsilon:g}; leave step_size=None, which is 100 epsilon"
             )
 
     def _check_number(self, name: str, top: float) -> None:

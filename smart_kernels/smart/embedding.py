@@ -7,15 +7,18 @@ itself, so any architecture works. The hook is there for the length of a pass an
 from __future__ import annotations
 
 import math
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smart_kernels.smart.parallel import bare
+from smart_kernels.smart.structure import replaced, tensors
 
 
 def find_embedding(model: nn.Module, embedding: nn.Module | str | None = None) -> nn.Module:
@@ -24,7 +27,7 @@ def find_embedding(model: nn.Module, embedding: nn.Module | str | None = None) -
     Args:
         model: the model, compiled or not, wrapped or not.
         embedding: the module itself, its name in `model`, or None for the word embedding: what
-            ``get_input_embeddings()`` of the model, or of the first part that has it, gives (of the encoder, where
+            ``get_input_embeddings()`` of the model, or of the only part that has it, gives (of the encoder, where
             there is an encoder and a decoder), or the only :class:`torch.nn.Embedding` of the model.
 
     Raises:
@@ -43,24 +46,15 @@ def find_embedding(model: nn.Module, embedding: nn.Module | str | None = None) -
         return embedding
     if embedding is not None:
         raise TypeError(f"embedding: got {type(embedding).__name__}, expected a module, its name or None")
-    part: Any = first_having(model, "get_input_embeddings")
-    if part is not None:
-        own = part.get_input_embeddings()
-        encoder: Any = part.get_encoder() if hasattr(part, "get_encoder") else None
-        if encoder is not None and hasattr(encoder, "get_input_embeddings"):
-            of_encoder = encoder.get_input_embeddings()
-            # Tied: two modules with one weight, of which the encoder calls its own.
-            tied = getattr(of_encoder, "weight", None) is getattr(own, "weight", own)
-            if tied or getattr(getattr(part, "config", None), "is_encoder_decoder", False):
-                return of_encoder  # type: ignore[no-any-return]
-        return own  # type: ignore[no-any-return]
-    candidates = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    if len(candidates) != 1:
-        found = ", ".join(map(repr, candidates)) or "none"
+    found = {id(m): m for part in _outermost_having(model, "get_input_embeddings") for m in _input_embeddings(part)}
+    if not found:
+        found = {id(m): m for m in model.modules() if isinstance(m, nn.Embedding)}
+    if None in found.values() or len(found) != 1:
         raise ValueError(
-            f"embedding: expected the name of the module to perturb; the model's nn.Embedding are: {found}"
+            "embedding: it is not clear which module to perturb; expected its name, `embedding=...` "
+            f"(smart_embedding in SmartTrainer's arguments), for instance one of {_candidates(model, found)}"
         )
-    return next(iter(candidates.values()))
+    return next(iter(found.values()))  # type: ignore[return-value]
 
 
 def first_having(model: nn.Module, name: str) -> nn.Module | None:
@@ -68,84 +62,187 @@ def first_having(model: nn.Module, name: str) -> nn.Module | None:
     return next((module for module in model.modules() if hasattr(module, name)), None)
 
 
+def _outermost_having(module: nn.Module, name: str) -> Iterator[nn.Module]:
+    if hasattr(module, name):
+        yield module
+    else:
+        for child in module.children():
+            yield from _outermost_having(child, name)
+
+
+def _input_embeddings(part: Any) -> list[nn.Module | None]:
+    """What a part says its word embedding is; of the encoder, where there is one; None where it does not say."""
+    own = _asked(part)
+    encoder: Any = part.get_encoder() if hasattr(part, "get_encoder") else None
+    if encoder is not None and hasattr(encoder, "get_input_embeddings"):
+        of_encoder = _asked(encoder)
+        # Tied: two modules with one weight, of which the encoder calls its own.
+        tied = getattr(of_encoder, "weight", None) is getattr(own, "weight", own)
+        if tied or getattr(getattr(part, "config", None), "is_encoder_decoder", False):
+            return [of_encoder]
+    return [own]
+
+
+def _asked(part: Any) -> nn.Module | None:
+    try:
+        module = part.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a library's way of saying that there is none
+        return None
+    return module if isinstance(module, nn.Module) else None
+
+
+def _candidates(model: nn.Module, found: dict[int, nn.Module | None]) -> str:
+    """Names for an error: what was found, every nn.Embedding, and maps of features that stand outside of any list."""
+    found.pop(id(None), None)
+    names = []
+    for name, module in model.named_modules():
+        matrix = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and not re.search(r"\.\d+(\.|$)", name)
+        if id(module) in found or isinstance(module, nn.Embedding) or (matrix and not list(module.children())):
+            names.append(repr(name))
+    return ", ".join(names) or "none"
+
+
+@dataclass
+class EmbeddingCall:
+    """A call of the module to perturb.
+
+    Attributes:
+        output: the first floating-point tensor of its output, in its graph.
+        point: the tensor to differentiate the pass by: the output, or, where nothing that leads to it requires grad, a
+            leaf; None where that was not asked for.
+        ids: the integer tensor that was looked up, as far as there is one.
+        grad: whether a graph was made.
+    """
+
+    output: Tensor
+    point: Tensor | None
+    ids: Tensor | None
+    grad: bool
+
+
 class EmbeddingHook:
     """Reads the output of a module, or puts another in its place, for the length of one forward pass.
 
-    A module that is called several times in a pass is read and replaced at its first call. It must not lie in a
-    checkpointed region: what is computed anew in the backward pass would miss the replacement.
+    In a pass of several calls each is read, and each is given an output of its own. Of an output with several parts
+    the first floating-point tensor is meant.
 
     Args:
         module: the module, as from :func:`find_embedding`.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        self.module = module
         self.compute_dtype = torch.float32
         """What the layers behind the module compute in, as it was read last: the autocast's dtype, or the output's."""
-        self._output: Tensor | None = None
-        self._point: Tensor | None = None
-        self._replacement: Tensor | None = None
+        self.calls: list[EmbeddingCall] = []
+        """Those of the pass that is read."""
+        self._replacements: Mapping[int, Tensor] | None = None
         self._differentiable = False
-        self._calls = 0
+        self._count = 0
+        self._saving: Any = None
 
     @contextmanager
     def read(self, differentiable: bool = False) -> Iterator[None]:
-        """Keep the module's output of this pass, for :meth:`take`."""
+        """Keep the module's calls in this pass in :attr:`calls`."""
+        self.calls = []
         self._differentiable = differentiable
         with self._hooked():
             yield
 
-    def take(self) -> tuple[Tensor | None, Tensor | None]:
-        """What was read last, which is not kept any longer: the output, in its graph.
-
-        Second, if asked to be differentiable, the tensor to differentiate the pass with respect to: the output, or,
-        where nothing that leads to it requires grad, a leaf.
-        """
-        taken = self._output, self._point
-        self._output = self._point = None
-        return taken
+    def forget(self) -> None:
+        """Do not keep the calls, and their graph, any longer."""
+        self.calls = []
 
     @contextmanager
-    def replace(self, output: Tensor) -> Iterator[None]:
-        """Let the module give this output in this pass."""
-        self._replacement = output
+    def replace(self, outputs: Mapping[int, Tensor], calls: int) -> Iterator[None]:
+        """Let the module's calls give other outputs in this pass.
+
+        Args:
+            outputs: by the number of the call.
+            calls: how many there are to be.
+        """
+        self._replacements = outputs
         try:
             with self._hooked():
                 yield
         finally:
-            self._replacement = None
+            self._replacements = None
+        if self._count != calls:
+            raise RuntimeError(
+                f"embedding: the {type(self.module).__name__} was called {self._count} times in a pass with a "
+                f"perturbation, {calls} times in the one without; expected the same calls in each"
+            )
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:
-        self._calls = 0
-        handle = self._module.register_forward_hook(self._hook)
+        self._count = 0
+        self._saving = _saving_hooks()
+        handle = self.module.register_forward_hook(self._hook)
         try:
             yield
         finally:
             handle.remove()
-        if self._calls == 0:
+
+    def check_called(self, calls: tuple[EmbeddingCall, ...]) -> None:
+        """Raise RuntimeError where the module was not called in what the logits come from."""
+        if not calls:
             raise RuntimeError(
-                f"embedding: the module to perturb, a {type(self._module).__name__}, was not called in the forward "
-                "pass; name another. (A compiled model that ran before without SMART keeps that graph: call "
-                "torch.compiler.reset().)"
+                f"embedding: the module to perturb, a {type(self.module).__name__}, was not called in the forward "
+                "pass; name another, or make Smart anew if the model was changed after it. (A compiled model that ran "
+                "before without SMART keeps that graph: call torch.compiler.reset().)"
             )
 
-    def _hook(self, _module: nn.Module, _args: Any, output: Any) -> Tensor | None:
-        self._calls += 1
-        if self._calls > 1:
-            return None
-        if self._replacement is not None:
-            return self._replacement
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            got = f"the {type(self._module).__name__} returns {type(output).__name__}"
-            raise TypeError(f"embedding: {got}, expected a floating-point tensor")
-        self._output, kind = output, output.device.type
+    def _hook(self, _module: nn.Module, args: Any, output: Any) -> Any:
+        place = self._count
+        self._count += 1
+        if not torch.compiler.is_compiling():
+            self._refuse_checkpoint()
+        if self._replacements is not None:
+            return with_first_floating(output, self._replacements[place]) if place in self._replacements else output
+        x = first_floating(output)
+        if x is None:
+            got = f"the {type(self.module).__name__} returns {type(output).__name__}"
+            raise TypeError(f"embedding: {got}, expected a floating-point tensor, alone or the first of several parts")
+        kind = x.device.type
         autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        self.compute_dtype = torch.get_autocast_dtype(kind) if autocast else output.dtype
-        if self._differentiable:
-            self._point = output if output.requires_grad else output.detach().requires_grad_()
+        self.compute_dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+        point = None
+        if self._differentiable and torch.is_grad_enabled():
+            point = x if x.requires_grad else x.detach().requires_grad_()
+        ids = [a for a in args if isinstance(a, Tensor) and not a.is_floating_point()]
+        self.calls.append(EmbeddingCall(x, point, ids[0] if ids else None, torch.is_grad_enabled()))
         # The model gets a copy, as it may change what it gets in place.
-        return (output if self._point is None else self._point).clone()
+        return with_first_floating(output, (x if point is None else point).clone())
+
+    def _refuse_checkpoint(self) -> None:
+        """What a checkpointed region computes anew in the backward pass would miss the replacement."""
+        saving = _saving_hooks()
+        if saving is not self._saving and saving is not None and "checkpoint" in saving.__qualname__:
+            raise RuntimeError(
+                f"embedding: the module to perturb, a {type(self.module).__name__}, lies in a checkpointed region, "
+                "which is computed anew in the backward pass, without the perturbation; expected one in front of it, "
+                "or no checkpointing there"
+            )
+
+
+def _saving_hooks() -> Any:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    return hooks[0] if hooks else None
+
+
+def first_floating(x: Any) -> Tensor | None:
+    """The first floating-point tensor of a module's output: a tensor, tuple, list, mapping or object with fields."""
+    if isinstance(x, Tensor):
+        return x if x.is_floating_point() else None
+    return next((v for v in tensors(x) if v.is_floating_point()), None)
+
+
+def with_first_floating(x: Any, new: Tensor) -> Any:
+    """A module's output with another tensor in the place of its first floating-point one."""
+    if isinstance(x, Tensor):
+        return new
+    first = first_floating(x)
+    return replaced(x, lambda v: new if v is first else v)
 
 
 def perturb(embeds: Tensor, delta: Tensor) -> Tensor:
@@ -153,8 +250,8 @@ def perturb(embeds: Tensor, delta: Tensor) -> Tensor:
     return (embeds + delta).to(embeds.dtype)
 
 
-def warn_if_unresolved(embeds: Tensor, epsilon: float, adversary: str, compute_dtype: torch.dtype) -> None:
-    """Warn if a perturbation of `epsilon` is below what is resolved at the size of these embeddings.
+def warn_if_unresolved(embeds: Tensor, epsilon: float, adversary: str, compute_dtype: torch.dtype) -> bool:
+    """Warn, and tell, if a perturbation of `epsilon` is below what is resolved at the size of these embeddings.
 
     In their own dtype it is lost when it is added. In the narrower one of autocast, the difference of two passes, whose
     gradient the "power" adversary follows, is rounding noise; the others take the gradient of one pass.
@@ -163,7 +260,7 @@ def warn_if_unresolved(embeds: Tensor, epsilon: float, adversary: str, compute_d
     """
     size = embeds.detach().abs().float().mean().item()
     if not (epsilon and size and math.isfinite(size)):
-        return
+        return False
     lost = "most of the perturbation is lost. Keep the embeddings in float32, or raise epsilon."
     noise = (
         "the difference that adversary='power' follows is rounding noise. Use adversary='predicted', or raise epsilon."
@@ -176,4 +273,5 @@ def warn_if_unresolved(embeds: Tensor, epsilon: float, adversary: str, compute_d
                 f"{resolution:.1g}: {consequence}",
                 stacklevel=2,
             )
-            return
+            return consequence is lost
+    return False

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Set
+import warnings
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from smart_kernels.ops.perturbation import check_mask, init_perturbation
-from smart_kernels.smart.adversary import AT_CLEAN, detached, find_perturbation
+from smart_kernels.smart.adversary import AT_CLEAN, Deltas, find_perturbation
+from smart_kernels.smart.check import check_connected, check_moves, check_zero
 from smart_kernels.smart.config import Logits, SmartConfig
-from smart_kernels.smart.divergence import choose_divergence
-from smart_kernels.smart.embedding import find_embedding, warn_if_unresolved
+from smart_kernels.smart.divergence import Divergence, choose_divergence
+from smart_kernels.smart.embedding import EmbeddingCall, find_embedding, warn_if_unresolved
 from smart_kernels.smart.parallel import bare, check_supported, rank
-from smart_kernels.smart.passes import Forward, Passes, run_model
+from smart_kernels.smart.passes import CleanPass, Forward, Passes, detached, run_model
+from smart_kernels.smart.positions import Layout, Positions
+from smart_kernels.smart.state import Generators, set_states
+from smart_kernels.smart.structure import copied
 from smart_kernels.smart.teacher import Teacher
 
 
@@ -30,7 +36,8 @@ class SmartOutput:
         smoothness: R_s at the perturbation, a scalar >= 0; 0 where lambda_s is 0.
         proximal: D_Breg, a scalar >= 0; 0 where mu is 0 or there is no teacher.
         logits: of the clean pass, detached; for spans a pair.
-        perturbation: what was added to the embeddings, fp32 or fp64; None where lambda_s is 0.
+        perturbation: what was added to the embeddings, fp32 or fp64; a tuple, where the module is called several times
+            in a pass, of one for each call that the logits come from; None where lambda_s is 0.
     """
 
     loss: Tensor
@@ -38,7 +45,7 @@ class SmartOutput:
     smoothness: Tensor
     proximal: Tensor
     logits: Any
-    perturbation: Tensor | None
+    perturbation: Tensor | tuple[Tensor, ...] | None
 
 
 def attention_mask(batch: Any) -> Tensor | None:
@@ -122,11 +129,18 @@ class Smart:
         self.config = config
         self._switch = _decay_switch(config, num_training_steps)
         module = find_embedding(model, embedding) if config.lambda_s else None
-        self._passes = Passes(model, forward, module, config.dropout)
-        self._mask = mask
-        self._updates = 0
-        self._warned = config.adversary == "random"  # which knows no radius
         self.teacher = Teacher(model) if config.mu and config.proximal != "none" else None
+        self._alone = module is None and self.teacher is None
+        self._passes = Passes(model, forward, module, config.dropout, self._alone, self.teacher is not None)
+        self._layout = Layout(model, None if mask is attention_mask else mask)
+        # what a sample is matters to norms alone
+        signs = config.adversary in AT_CLEAN and config.norm == "linf"
+        self._scope = "token" if signs or config.adversary == "random" else config.scope
+        self._updates = 0
+        self._checked = False
+        self._warned = config.adversary == "random"  # which knows no radius
+        self._unresolved = False
+        self.steps = 0
         device = next((p.device for m in (module, model) if m is not None for p in m.parameters()), torch.device("cpu"))
         # Something added to the seed, lest the noise repeat what initialised the weights, or another process's.
         self.generator = torch.Generator(device).manual_seed((torch.initial_seed() + 0x9E3779B9 * (1 + rank())) % 2**63)
@@ -136,7 +150,7 @@ class Smart:
         self,
         batch: Any,
         *,
-        initial_perturbation: Tensor | None = None,
+        initial_perturbation: Tensor | Sequence[Tensor] | None = None,
         generator: torch.Generator | None = None,
         num_items: float | Tensor | None = None,
     ) -> SmartOutput:
@@ -145,7 +159,7 @@ class Smart:
         Args:
             batch: what `forward` takes; by default the mapping of the model's own arguments, with labels.
             initial_perturbation: the noise that the ascent starts from, of the embeddings' shape, floating point,
-                instead of one drawn.
+                instead of one drawn; of several calls of the module, one for each.
             generator: what to draw from, on the embeddings' device, instead of `generator` of this object.
             num_items: what the smoothness and the proximal term's sums are divided by, > 0, a number or a 0-dim
                 tensor: samples, or, where each token is classified, tokens that have a label. By default this
@@ -161,29 +175,116 @@ class Smart:
             RuntimeError: the module to perturb was not called in the forward pass.
         """
         config, passes = self.config, self._passes
+        self._check_model()
         with passes.step():
             clean = passes.clean(batch, differentiable=config.adversary in AT_CLEAN)
-            num_items = _check_num_items(num_items, clean.logits[0])
-            divergence = choose_divergence(config.divergence, clean.logits, batch, bare(passes.model), num_items)
-            loss, delta = clean.loss, None
+            divergence = self._divergence(clean, num_items)
+            loss = clean.loss
             smoothness = proximal = loss.new_zeros(())
+            deltas: Deltas | None = None
+            checking = not self._checked and config.check and not self._alone
+            if checking:
+                check_connected(clean)
             if self.teacher is not None:
-                proximal = divergence(clean.logits, passes.taught(batch, self.teacher))
+                proximal = divergence(clean.logits, passes.taught(self.teacher))
                 loss = loss + config.mu * proximal
-            if clean.embeds is not None:
-                generator = self.generator if generator is None else generator
-                mask = _by_sample(self._mask(batch), clean.embeds)
-                noise = self._noise(clean.embeds, mask, generator, initial_perturbation)
-                delta = find_perturbation(
-                    config, passes, batch, clean, divergence, noise, mask, generator, self.skipped
-                )
-                target = detached(clean.logits) if config.detach_clean else clean.logits
-                smoothness = divergence(passes.perturbed(batch, clean, delta), target)
+            if clean.embeddings:
+                deltas, perturbed = self._perturbed(clean, divergence, initial_perturbation, generator)
+                smoothness = divergence(perturbed, detached(clean.logits) if config.detach_clean else clean.logits)
                 loss = loss + config.lambda_s * smoothness
+            if checking:
+                check_zero(passes, clean, divergence, config, self.teacher)
+                self._checked = check_moves(clean, divergence, smoothness, deltas, self._unresolved)
             passes.before_backward(loss)
-        return SmartOutput(
-            loss, clean.loss.detach(), smoothness.detach(), proximal.detach(), _public(clean.logits), delta
-        )
+        self.steps += 1
+        perturbation = _public(deltas) if deltas else None
+        task_loss, smoothness, proximal = (x.detach() for x in (clean.loss, smoothness, proximal))
+        return SmartOutput(loss, task_loss, smoothness, proximal, _public(detached(clean.logits)), perturbation)
+
+    def check(self, batch: Any) -> dict[str, float]:
+        """See that the terms are connected: what the first step of a training does, unless ``config.check`` is off.
+
+        The logits that are compared must carry a graph for the weights. With no perturbation and with the student's
+        own weights in the teacher's place every term must be 0: on a CPU to the bit, on other devices as near as two
+        repetitions of the clean pass are; not so with ``dropout="independent"``. With the perturbation, R_s must not
+        be 0. The batch, generators, buffers and gradients are as they were afterwards.
+
+        Args:
+            batch: as in a step.
+
+        Returns:
+            The terms: "smoothness_without_perturbation", "proximal_to_itself", "smoothness"; those that are on.
+
+        Raises:
+            RuntimeError: a term is not what it must be; it is said which, by how much, and what may be the cause.
+        """
+        batch, _ = copied(batch)
+        passes, config = self._passes, self.config
+        self._check_model()
+        generators = Generators(passes.model)
+        states = [*generators.states(), (self.generator.set_state, self.generator.get_state())]
+        skipped = self.skipped.clone()
+        try:
+            with passes.step(untouched=True), torch.enable_grad():
+                clean = passes.clean(batch, differentiable=config.adversary in AT_CLEAN)
+                divergence = self._divergence(clean, None)
+                check_connected(clean)
+                report = check_zero(passes, clean, divergence, config, self.teacher)
+                if clean.embeddings:
+                    deltas, perturbed = self._perturbed(clean, divergence, None, None)
+                    smoothness = divergence(detached(perturbed), detached(clean.logits))
+                    check_moves(clean, divergence, smoothness, deltas, self._unresolved)
+                    report["smoothness"] = float(smoothness)
+        finally:
+            set_states(states)
+            self.skipped.copy_(skipped)
+        return report
+
+    def trial(self) -> AbstractContextManager[None]:
+        """Around runs of the user's function in evaluation mode whose traces are put back when it ends."""
+        return self._passes.trial()
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the user's function runs for an extra pass: what it logs then is to be dropped."""
+        return self._passes.repeats
+
+    def _divergence(self, clean: CleanPass, num_items: float | Tensor | None) -> Divergence:
+        num_items = _check_num_items(num_items, clean.logits[0])
+        model = bare(self._passes.model)
+        return choose_divergence(self.config.divergence, clean.logits, clean.batch, model, num_items)
+
+    def _perturbed(
+        self,
+        clean: CleanPass,
+        divergence: Divergence,
+        initial: Tensor | Sequence[Tensor] | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Deltas, Logits]:
+        """The perturbations and the logits there."""
+        generator = self.generator if generator is None else generator
+        samples = clean.logits[0].size(0) if clean.logits[0].dim() else 1
+        positions = [
+            self._layout.find(i, call, clean.batch, arguments, samples, self._scope)
+            for i, (call, arguments) in enumerate(zip(clean.embeddings, clean.arguments, strict=True))
+        ]
+        noise = self._noise(clean.embeddings, positions, generator, initial)
+        find = self.config, self._passes, clean, divergence, noise, positions, generator, self.skipped
+        deltas = find_perturbation(*find)
+        return deltas, self._passes.perturbed(clean, deltas)
+
+    def _check_model(self) -> None:
+        """The model must be the one that SMART was made for."""
+        changed = self._passes.changed_parameters()
+        if changed:
+            raise ValueError(
+                f"model: changed after Smart was made, at {', '.join(changed[:3])}: a vocabulary resized, a parameter "
+                "unfrozen or a part exchanged; make Smart afterwards"
+            )
+        if self.teacher is not None and self.teacher.swapped:
+            raise RuntimeError(
+                "model: has the teacher's weights, in `teacher.weights()`; expected the student's in a step"
+            )
 
     def update(self, decay: float | Tensor | None = None) -> None:
         """Count an optimiser step and, at the end of an outer step, renew the teacher: call once after each.
@@ -245,25 +346,55 @@ class Smart:
         self.generator.set_state(generator)
         self.skipped.copy_(skipped)
 
-    def _noise(self, embeds: Tensor, mask: Tensor | None, generator: torch.Generator, initial: Tensor | None) -> Tensor:
+    def _noise(
+        self,
+        calls: Sequence[EmbeddingCall],
+        positions: Sequence[Positions],
+        generator: torch.Generator,
+        initial: Tensor | Sequence[Tensor] | None,
+    ) -> Deltas:
+        config, hook = self.config, self._passes.hook
         if not self._warned:
             self._warned = True
-            assert self._passes.hook is not None
-            warn_if_unresolved(embeds, self.config.epsilon, self.config.adversary, self._passes.hook.compute_dtype)
+            assert hook is not None
+            if len(calls) > 1:
+                warnings.warn(
+                    f"embedding: the {type(hook.module).__name__} to perturb is called {len(calls)} times in a pass; each "
+                    "call has a perturbation of its own, so that `perturbation` is a tuple",
+                    stacklevel=4,
+                )
+            for call in calls:
+                self._unresolved |= warn_if_unresolved(
+                    call.output, config.epsilon, config.adversary, hook.compute_dtype
+                )
         if initial is None:
-            return init_perturbation(embeds.detach(), self.config.noise_std, mask, generator)
-        if not isinstance(initial, Tensor) or not initial.is_floating_point():
-            got = initial.dtype if isinstance(initial, Tensor) else type(initial).__name__
-            raise TypeError(f"initial_perturbation: got {got}, expected a floating-point tensor")
-        if initial.shape != embeds.shape or initial.device != embeds.device:
-            raise ValueError(
-                f"initial_perturbation: got shape {tuple(initial.shape)} on {initial.device}, expected that of the "
-                f"embeddings, {tuple(embeds.shape)} on {embeds.device}"
+            return tuple(
+                p.own(init_perturbation(p.ordered(c.output.detach()), config.noise_std, p.mask, generator))
+                for c, p in zip(calls, positions, strict=True)
             )
-        initial = initial.detach().to(torch.promote_types(embeds.dtype, torch.float32))
-        if mask is None:
-            return initial.clone()
-        return torch.where(check_mask(mask, embeds, "the embeddings").unsqueeze(-1) != 0, initial, 0)
+        given = initial if isinstance(initial, tuple | list) else (initial,)
+        if len(given) != len(calls):
+            raise ValueError(
+                f"initial_perturbation: got {len(given)} tensors, expected {len(calls)}, one for each call of the module"
+            )
+        return tuple(_initial(x, c.output, p) for x, c, p in zip(given, calls, positions, strict=True))
+
+
+def _initial(initial: Tensor, embeds: Tensor, positions: Positions) -> Tensor:
+    if not isinstance(initial, Tensor) or not initial.is_floating_point():
+        got = initial.dtype if isinstance(initial, Tensor) else type(initial).__name__
+        raise TypeError(f"initial_perturbation: got {got}, expected a floating-point tensor")
+    if initial.shape != embeds.shape or initial.device != embeds.device:
+        raise ValueError(
+            f"initial_perturbation: got shape {tuple(initial.shape)} on {initial.device}, expected that of the "
+            f"embeddings, {tuple(embeds.shape)} on {embeds.device}"
+        )
+    initial = initial.detach().to(torch.promote_types(embeds.dtype, torch.float32))
+    if positions.mask is None:
+        return initial.clone()
+    ordered = positions.ordered(initial)
+    kept = check_mask(positions.mask, ordered, "the embeddings").unsqueeze(-1) != 0
+    return positions.own(torch.where(kept, ordered, 0))
 
 
 def check_names(got: Set[str], expected: Set[str]) -> None:
@@ -315,12 +446,5 @@ def _check_num_items(num_items: float | Tensor | None, logits: Tensor) -> float 
     return num_items
 
 
-def _by_sample(mask: Tensor | None, embeds: Tensor) -> Tensor | None:
-    """The mask of a batch whose choices (B, C, L) the model takes for samples (B C, L)."""
-    if isinstance(mask, Tensor) and mask.dim() == 3 and mask.shape[:2].numel() == embeds.size(0):
-        return mask.flatten(0, 1)
-    return mask
-
-
-def _public(logits: Logits) -> Tensor | Logits:
-    return logits[0].detach() if len(logits) == 1 else detached(logits)
+def _public(x: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    return x[0] if len(x) == 1 else x

@@ -5,7 +5,7 @@ Whatever a pass changes in the model (hooks, modes, flags) is as it was when the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from smart_kernels.smart.config import Logits
-from smart_kernels.smart.embedding import EmbeddingHook, perturb
+from smart_kernels.smart.embedding import EmbeddingCall, EmbeddingHook, perturb
 from smart_kernels.smart.masks import SharedMasks
 from smart_kernels.smart.parallel import Reduction, learns_static_graph, sharded_modules, without_reducer
+from smart_kernels.smart.recording import Recording, Replay
+from smart_kernels.smart.state import Attributes, Generators, States, reachable, set_states
+from smart_kernels.smart.structure import copied
 from smart_kernels.smart.teacher import Teacher
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Any]]
 """How a model is run: (model, batch) -> (task loss, logits or a pair of them)."""
-GeneratorStates = list[tuple[torch.device, Tensor]]
 
 
 def run_model(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
@@ -55,12 +57,48 @@ def model_logits(output: Any, spans: bool) -> Any:
     """
     if isinstance(output, tuple):
         return output[1:3] if spans else output[1]
+    logits = output_logits(output)
+    if logits is None:
+        raise ValueError(
+            "model: its output has no logits; give `forward`. (A fused loss, as Liger's, gives none in training: "
+            "switch it off.)"
+        )
+    return logits
+
+
+def output_logits(output: Any) -> Any:
+    """The logits in what a user's step gives, or the pair of them; None where there are none."""
     if (start := _part(output, "start_logits")) is not None:
         return start, _part(output, "end_logits")
-    logits = _part(output, "logits")
-    if logits is None:
-        raise ValueError("model: its output has no logits; give `forward`")
-    return logits
+    return _part(output, "logits")
+
+
+def called_logits(outputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """What is compared where the user's function gives a loss alone: the logits in what each call of a model gave.
+
+    Args:
+        outputs: of the calls: tensors, or objects or mappings with "logits", or, as in sentence-transformers, with
+            "scores" or "sentence_embedding".
+
+    Raises:
+        ValueError: none has any.
+    """
+    found: list[Tensor] = []
+    for output in outputs:
+        named = (_part(output, name) for name in OUTPUT_NAMES)
+        first = output if isinstance(output, Tensor) else next((x for x in named if isinstance(x, Tensor)), None)
+        if isinstance(first, Tensor) and first.is_floating_point():
+            found.append(first)
+    if not found:
+        raise ValueError(
+            f"model: no call of it gave a tensor or one named {' or '.join(OUTPUT_NAMES)}, so nothing can be compared; "
+            "return the logits beside the loss, or give `forward`. (A fused loss, as Liger's, gives none in training: "
+            "switch it off.)"
+        )
+    return tuple(found)
+
+
+OUTPUT_NAMES = ("logits", "scores", "sentence_embedding")
 
 
 def _part(output: Any, name: str) -> Any:
@@ -73,34 +111,48 @@ class CleanPass:
 
     Attributes:
         loss: the task loss.
-        logits: the logits.
-        embeds: the embeddings, in their graph; None where there is no module to perturb.
-        point: the tensor that the embeddings are to be differentiated by, through this pass's graph; None where that
-            cannot be done or was not asked for.
+        logits: what is compared, in its graph.
+        embeddings: the calls of the module to perturb that the logits come from; none where no pass perturbs.
+        batch: the batch as the pass found it.
+        arguments: by call of the module, the named arguments of the model's call that it happened in.
+        places: which of all calls of the module in the user's function these are.
+        regraphed: whether the logits were computed once more, with a graph; the loss knows nothing of them then.
     """
 
     loss: Tensor
     logits: Logits
-    embeds: Tensor | None
-    point: Tensor | None
+    embeddings: tuple[EmbeddingCall, ...]
+    batch: Any
+    arguments: tuple[Mapping[str, Any], ...]
+    places: Sequence[int] = ()
+    regraphed: bool = False
+
+    @property
+    def points(self) -> tuple[Tensor, ...] | None:
+        """The tensors to differentiate this pass by; None where that cannot be done or was not asked for."""
+        points = tuple(c.point for c in self.embeddings if c.point is not None)
+        return points if points and len(points) == len(self.embeddings) else None
 
 
-class _Call(nn.Module):
-    """A model and how it is run, as one module."""
+class _With(nn.Module):
+    """A model, to run a function of ours with other tensors in the place of its parameters."""
 
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._forward = forward
 
-    def forward(self, batch: Any) -> tuple[Tensor, Logits]:
-        """The task loss and the logits of a batch."""
-        loss, logits = self._forward(self.model, batch)
-        return loss, tuple(logits) if isinstance(logits, tuple | list) else (logits,)
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
 
 
 class Passes:
     """Runs a model for one step after another.
+
+    **An extra pass is the clean pass again, but for the perturbation or the weights, and leaves no trace.** The clean
+    pass runs the user's function and records what it did with the model (:class:`Recording`). An extra pass repeats,
+    of that, what the logits come from: with the same arguments, the same states of generators, from the same buffers
+    and attributes, which end as the clean pass left them. Where it is not known what the logits come from, the whole
+    function runs again, on a copy of the batch, and what it changes is put back (:class:`Attributes`).
 
     Of a step's passes the clean one alone goes through DistributedDataParallel, so that the reducer sees an ordinary
     step: one forward pass, one backward pass.
@@ -110,36 +162,117 @@ class Passes:
         forward: how it is run.
         embedding: the module whose output is perturbed; None where no pass perturbs.
         dropout: "shared", "independent" or "off", as in :class:`~smart_kernels.SmartConfig`.
+        alone: whether there is no pass but the clean one.
+        taught: whether there are passes with a teacher's weights.
     """
 
-    def __init__(self, model: nn.Module, forward: Forward, embedding: nn.Module | None, dropout: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward,
+        embedding: nn.Module | None,
+        dropout: str,
+        alone: bool = False,
+        taught: bool = True,
+    ) -> None:
         self.model = model
         self.hook = None if embedding is None else EmbeddingHook(embedding)
-        self._call = _Call(model, forward)
-        self._call_again = _Call(without_reducer(model), forward)
+        self.repeats = False
+        """Whether an extra pass runs in place of the clean one, for the user's function to know."""
+        self._forward = forward
+        self._alone = alone
+        self._bare = without_reducer(model)
+        self._with = _With(self._bare)
         self._sharded = sharded_modules(model)
         self.reduction = Reduction(self._sharded)
         self._dropout = dropout
-        self._before: GeneratorStates = []
-        self._after: GeneratorStates = []
+        self._generators = Generators(model)
+        self._modules = list(self._bare.modules())
+        self._parameters = [(name, p) for name, p in self._bare.named_parameters()]
+        self._taught = taught
+        self._trainable = {name for name, p in self._parameters if p.requires_grad}
+        self._places = [
+            (f"{name}.{key}".lstrip("."), module, key, p, p.shape)
+            for name, module in self._bare.named_modules()
+            for key, p in module._parameters.items()
+            if p is not None
+        ]
+        self._entries: set[nn.Module] | None = None
+        self._changing: set[int] = set()  # ids of buffers
+        self._batch: Any = None
+        self._replay: Replay | None = None
+        self._calls = 0  # of the module to perturb, in the user's function
+        self._regraphed = False  # what is compared was computed without a graph, and is computed again with one
+        self._by_calls = False  # what is compared is not what the user's function gives
+        self._attributes = Attributes(())
+        self._changed_parameters: list[tuple[str, nn.Parameter]] = []
+        self._before: States = []
+        self._after: States = []
         self._masks = SharedMasks()
         self._in_backward = ExitStack()
 
+    def changed_parameters(self) -> list[str]:
+        """What is no longer as it was when this object was made: parameters that are others, or are trained now."""
+        if self._sharded:  # in whose place are gathered ones for a while
+            return [n for n, p in self._parameters if self._taught and p.requires_grad and n not in self._trainable]
+        changed = []
+        for name, place, key, parameter, shape in self._places:
+            own = place._parameters.get(key)
+            if (
+                own is not parameter
+                or own.shape != shape
+                or (self._taught and own.requires_grad and name not in self._trainable)
+            ):
+                changed.append(name)
+        return changed
+
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around the passes of a step: the clean one, then extra ones, which leave no trace in the generators."""
-        if self._dropout == "off":
-            self._in_backward.close()  # should a backward pass have failed half-way
-            with _dropout_off(self.model):
+    def step(self, untouched: bool = False) -> Iterator[None]:
+        """Around the passes of a step: the clean one, then extra ones.
+
+        Args:
+            untouched: at the end, be as before the clean pass, in place of as after it.
+        """
+        fast = torch.backends.mha.get_fastpath_enabled()
+        # a layer's fast path, which is taken where nothing requires grad, rounds otherwise than the one in training
+        torch.backends.mha.set_fastpath_enabled(self._alone and fast)
+        try:
+            if self._dropout == "off":
+                self._in_backward.close()  # should a backward pass have failed half-way
+                with _dropout_off(self.model):
+                    yield
+            else:
                 yield
-            return
-        self._before = generator_states(self.model)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            if untouched:
+                self._attributes.undo()
+            if not self._alone:
+                set_states(self._before if untouched else self._after)
+            self._before = self._after = []
+            self._batch = self._replay = None
+            self._attributes = Attributes(())
+            self._masks.clear()
+            if self.hook is not None:
+                self.hook.forget()
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Around runs of the user's function, in evaluation mode, whose traces are put back when it ends."""
+        objects, dicts = reachable(self._forward)
+        attributes, states = Attributes((*self._modules, *objects), dicts), self._generators.states()
+        training = [m for m in self.model.modules() if m.training]
+        self.model.eval()
+        self.repeats = True
         try:
             yield
         finally:
-            set_generator_states(self._after)
-            self._before = self._after = []
-            self._masks.clear()
+            self.repeats = False
+            for module in training:
+                module.training = True
+            attributes.find_changes()
+            attributes.undo()
+            set_states(states)
 
     def before_backward(self, loss: Tensor) -> None:
         """Let the backward pass from here find the model as its forward passes did: what is checkpointed runs again."""
@@ -161,95 +294,194 @@ class Passes:
                 torch.compile made it: what is inside of such a one has no gradient. Nor where a reducer learns
                 from it what a backward pass is like.
         """
-        embeds = point = None
-        if self.hook is None:
-            with self._sharing():
-                loss, logits = self._call(batch)
-        else:
-            apart = not torch.is_grad_enabled() or self._compiled() or learns_static_graph(self.model)
-            with self.hook.read(differentiable and not apart), self._sharing():
-                loss, logits = self._call(batch)
-            embeds, point = self.hook.take()
-        if self._dropout != "off":
-            self._after = generator_states(self.model)
-        return CleanPass(loss, logits, embeds, point)
+        if self._alone:
+            loss, logits = self._forward(self.model, batch)
+            return CleanPass(loss, _as_logits(logits), (), batch, ())
+        self._batch, _ = copied(batch)
+        objects, dicts = reachable(self._forward)
+        self._attributes = Attributes((*self._modules, *objects), dicts, self._changing)
+        versions = [p._version for _, p in self._parameters]
+        # with "independent" masks, what a generator of torch's gives is no matter of ours
+        self._before = self._generators.states()
+        hook, apart = self.hook, not torch.is_grad_enabled() or self.compiled() or learns_static_graph(self.model)
+        count = (lambda: 0) if hook is None else (lambda: len(hook.calls))
+        recording = Recording(self.model, self._modules, self._entries, self._generators, count)
+        try:
+            reading = nullcontext() if hook is None else hook.read(differentiable and not apart)
+            with reading, self._sharing(), recording:
+                loss, logits = self._forward(self.model, batch)
+        finally:
+            self._after = self._generators.states()
+        self._attributes.find_changes()
+        self._changed_parameters = [
+            named for named, old in zip(self._parameters, versions, strict=True) if named[1]._version != old
+        ]
+        self._by_calls = logits is None
+        logits = called_logits(recording.outputs()) if logits is None else _as_logits(logits)
+        self._replay = recording.replay(logits, self._dropout != "independent")
+        # where it is not known what the logits come from, any module of the model may have been called
+        self._entries = None if self._replay is None else (self._entries or set()) | recording.called
+        calls: tuple[EmbeddingCall, ...] = ()
+        places: Sequence[int] = ()
+        if hook is not None:
+            places = range(len(hook.calls)) if self._replay is None else self._replay.embeddings
+            self._calls = len(hook.calls)
+            calls = tuple(hook.calls[i] for i in places)
+            hook.check_called(calls)
+        self._regraphed = self._replay is not None and self._without_graph(logits)
+        if self._regraphed:
+            reading = nullcontext() if hook is None else hook.read(differentiable and not apart)
+            with self._extra(), reading:
+                logits = self._run()
+            calls = () if hook is None else tuple(hook.calls)
+            self.reduction.after(logits, late=(loss,))
+        arguments = tuple({} if self._replay is None else self._replay.arguments(i) for i in places)
+        return CleanPass(loss, logits, calls, self._batch, arguments, places, self._regraphed)
 
-    def perturbed(self, batch: Any, clean: CleanPass, delta: Tensor) -> Logits:
-        """The logits at embeddings + delta, in a graph for the weights.
+    def _without_graph(self, logits: Logits) -> bool:
+        """Whether the logits were computed without a graph, as for a metric, where the loss has one."""
+        wanted = torch.is_grad_enabled() and any(p.requires_grad for _, p in self._parameters)
+        return wanted and not any(x.requires_grad for x in logits)
+
+    def perturbed(self, clean: CleanPass, deltas: tuple[Tensor, ...]) -> Logits:
+        """The logits at embeddings + deltas, in a graph for the weights.
 
         The embeddings are the clean pass's: a second look-up would have a gradient of the vocabulary's size.
         """
-        assert self.hook is not None
-        assert clean.embeds is not None
-        with self._extra(), self.hook.replace(perturb(clean.embeds, delta)):
-            logits: Logits = self._call_again(batch)[1]
+        outputs = [perturb(c.output, d) for c, d in zip(clean.embeddings, deltas, strict=True)]
+        with self._extra(), self._replaced(clean, outputs, self._replay is None):
+            logits = self._run()
         # Autograd goes back through the latest pass first.
-        self.reduction.after(logits, late=(clean.loss, *clean.logits))
+        self.reduction.after(logits, late=(clean.loss,) if self._regraphed else (clean.loss, *clean.logits))
         return logits
 
     @contextmanager
-    def probe(self, batch: Any, embeds: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Logits]]:
-        """The task loss and the logits at embeddings + delta, in a graph for delta and for no weight.
+    def probe(self, clean: CleanPass, deltas: tuple[Tensor, ...], loss: bool) -> Iterator[tuple[Tensor | None, Logits]]:
+        """The logits at embeddings + deltas, in a graph for the deltas and for no weight; and the task loss, on request.
 
-        Its gradients are to be taken inside the context: a checkpointed layer runs again then, as it ran before.
+        Its gradients are to be taken inside the context: a checkpointed layer runs again then, as it ran before. The
+        loss takes the whole of the user's function.
         """
-        assert self.hook is not None
-        with self._extra(), _weights_frozen(self.model):
-            with self.hook.replace(perturb(embeds.detach(), delta.requires_grad_())):
-                result = self._call_again(batch)
+        outputs = [
+            perturb(c.output.detach(), d.requires_grad_()) for c, d in zip(clean.embeddings, deltas, strict=True)
+        ]
+        # a compiled model would be compiled once more for weights that are frozen
+        frozen = torch.enable_grad() if self.compiled() else _weights_frozen(self.model)
+        with self._extra(), frozen:
+            with self._replaced(clean, outputs, loss or self._replay is None):
+                result = self._whole() if loss else (None, self._run(grad=True))
             yield result
 
-    def taught(self, batch: Any, teacher: Teacher) -> Logits:
-        """The logits with the teacher's weights in place of the model's own, without any graph."""
-        with self._extra(), torch.no_grad():
-            if self._sharded:
-                with teacher.weights():
-                    return self._call_again(batch)[1]  # type: ignore[no-any-return]
-            prefix = "model._orig_mod." if "_orig_mod" in self._call_again.model._modules else "model."
-            renamed = {prefix + name: value for name, value in teacher.parameters().items()}
-            return torch.func.functional_call(self._call_again, renamed, (batch,))[1]  # type: ignore[no-any-return]
+    def _replaced(self, clean: CleanPass, outputs: list[Tensor], whole: bool) -> AbstractContextManager[None]:
+        """These outputs of the module to perturb, in the user's function or in what is repeated of it."""
+        assert self.hook is not None
+        places = clean.places if whole else range(len(outputs))
+        return self.hook.replace(dict(zip(places, outputs, strict=True)), self._calls if whole else len(outputs))
+
+    def taught(self, teacher: Teacher | None) -> Logits:
+        """The logits with the teacher's weights in place of the model's own, as constants; for None, with its own.
+
+        The pass takes the way of one in training, and keeps nothing for a backward pass.
+        """
+        own = {name: p for name, p in self._parameters if p.requires_grad}
+        swapped = nullcontext() if teacher is None else teacher.weights()
+        if self._sharded:  # whose hooks would wait for the backward pass
+            with self._extra(), torch.no_grad(), swapped:
+                return self._run()
+        with self._extra(), _nothing_saved():
+            if self.compiled():  # the same parameters, so the same graph
+                with swapped:
+                    return detached(self._run())
+            values = own if teacher is None else teacher.parameters()
+            changed = {name for name, _ in self._changed_parameters}
+            values = {
+                n: (v.detach().clone() if n in changed else v.detach()).requires_grad_() for n, v in values.items()
+            }
+            return detached(self._run(values))
+
+    def _run(self, values: Mapping[str, Tensor] | None = None, grad: bool = False) -> Logits:
+        """The logits, by what was recorded or by the user's function.
+
+        Args:
+            values: by name, tensors in the place of parameters.
+            grad: with a graph also where the clean pass made none.
+        """
+        values = dict(values or {})
+        for name, p in self._changed_parameters:
+            if name not in values:  # a pass changes them in place: a copy of its own
+                values[name] = p.clone()
+        by_id = {id(p): values[name] for name, p in self._parameters if name in values}
+
+        def function() -> Logits:
+            if self._replay is None:
+                return self._whole()[1]
+            logits: Logits = self._replay(grad or self._regraphed, by_id)
+            return logits
+
+        if not values:
+            return function()
+        prefix = "model._orig_mod." if "_orig_mod" in self._bare._modules else "model."
+        renamed = {prefix + name.removeprefix("_orig_mod."): value for name, value in values.items()}
+        return torch.func.functional_call(self._with, renamed, (function,))  # type: ignore[no-any-return]
+
+    def _whole(self) -> tuple[Tensor, Logits]:
+        """The user's function, as it ran first."""
+        batch, _ = copied(self._batch)
+        self.repeats = True
+        try:
+            if not self._by_calls:
+                loss, logits = self._forward(self._bare, batch)
+                return loss, _as_logits(logits)
+            with Recording(self._bare, self._modules, None, None) as recording:
+                loss, _ = self._forward(self._bare, batch)
+            return loss, called_logits(recording.outputs())
+        finally:
+            self.repeats = False
 
     @contextmanager
     def _extra(self) -> Iterator[None]:
-        """A pass beside the clean one: its dropout masks, and no trace in buffers such as running means."""
-        if self._dropout == "shared":
-            set_generator_states(self._before)
-        modules = [m for m in self.model.modules() if m.training]
-        buffers = [b for m in modules for b in m.buffers(recurse=False) if b.is_floating_point() or b.dim() == 0]
-        values = [b.detach().clone() for b in buffers]
-        try:
-            with self._sharing():
-                yield
-        finally:
-            for buffer, value in zip(buffers, values, strict=True):
-                buffer.data.copy_(value)  # which no backward pass takes for a change
+        """A pass beside the clean one: its random numbers, and no trace in buffers, attributes and the like."""
+        if self._dropout != "independent":
+            set_states(self._before)
+        with self._attributes.repeated(), self._sharing():
+            yield
 
     def _sharing(self) -> AbstractContextManager[Any]:
         """Masks that a step's passes share are drawn once, where to draw them takes long: on the CPU, uncompiled."""
-        on_cpu = len(self._before) == 1  # this device's generator, and no other
-        return self._masks if self._dropout == "shared" and on_cpu and not self._compiled() else nullcontext()
+        on_cpu = not self._generators.devices
+        return self._masks if self._dropout == "shared" and on_cpu and not self.compiled() else nullcontext()
 
-    def _compiled(self) -> bool:
-        return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in self.model.modules())
+    def compiled(self) -> bool:
+        """Whether the model, or a part of it, is compiled."""
+        return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in self._modules)
 
 
-def generator_states(model: nn.Module) -> GeneratorStates:
-    """The state of the default generators that a model may draw from: the CPU's and its own devices'.
+def _as_logits(logits: Any) -> Logits:
+    return tuple(logits) if isinstance(logits, tuple | list) else (logits,)
 
-    They lie on the host, those of a GPU too, so nothing waits for the device.
+
+def detached(logits: Logits) -> Logits:
+    """The logits as constants."""
+    return tuple(x.detach() for x in logits)
+
+
+def _drop(_tensor: Any) -> Any:
+    return None
+
+
+@contextmanager
+def _nothing_saved() -> Iterator[None]:
+    """The graph that a pass makes keeps no tensor: it is not for a backward pass.
+
+    What is computed may depend on whether there is a graph, so a pass that is compared with one in training has one.
     """
-    devices = {p.device for p in model.parameters()} - {torch.device("cpu")}
-    states = [(torch.device("cpu"), torch.get_rng_state())]
-    return states + [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
-
-
-def set_generator_states(states: GeneratorStates) -> None:
-    """Set the default generators to what :func:`generator_states` gave."""
-    for device, state in states:
-        if device.type == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.get_device_module(device).set_rng_state(state, device)
+    caching = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # of weights that are not the model's
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(caching)
 
 
 @contextmanager

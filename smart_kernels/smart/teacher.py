@@ -24,6 +24,7 @@ class Teacher:
 
     Attributes:
         shadows: by parameter name, without what wrappers put before it; fp32, or fp64 for fp64 parameters.
+        swapped: whether the model has the teacher's weights at the moment.
 
     Raises:
         ValueError: the model has no trainable parameter.
@@ -43,6 +44,8 @@ class Teacher:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.swapped = False
+        self._students: dict[str, Tensor] = {}
         self._sharded = sharded_modules(model)
         reshard(self._sharded)
         model = bare(model)
@@ -71,16 +74,21 @@ class Teacher:
         No parameter is copied unless its dtype is not its shadow's, or it is sharded by fully_shard; what was there
         comes back, whatever happens. All processes of a sharded model enter and leave together.
         """
+        if self.swapped:
+            raise RuntimeError("teacher: the model has its weights already, in another `teacher.weights()`")
         torch.clear_autocast_cache()  # which holds narrow copies of the student's weights
+        self.swapped = True
         try:
             with self._written() if self._sharded else self._swapped():
                 yield
         finally:
+            self.swapped = False
+            self._students = {}
             torch.clear_autocast_cache()
 
     @contextmanager
     def _swapped(self) -> Iterator[None]:
-        students = {name: p.data for name, p in self._parameters.items()}
+        students = self._students = {name: p.data for name, p in self._parameters.items()}
         try:
             for name, value in self.parameters().items():
                 self._parameters[name].data = value
@@ -95,11 +103,16 @@ class Teacher:
         with torch.no_grad():
             shards, shadows = ([local(x) for x in d.values()] for d in (self._parameters, self.shadows))
             students = [shard.clone() for shard in shards]
+        self._students = {n: _like(p, x) for (n, p), x in zip(self._parameters.items(), students, strict=True)}
         try:
             write_shards(self._sharded, shards, shadows)
             yield
         finally:
             write_shards(self._sharded, shards, students)
+
+    def students(self) -> dict[str, Tensor]:
+        """The student's own weights by parameter name, also while the model has the teacher's; they are not copied."""
+        return dict(self._students) if self.swapped else {n: p.detach() for n, p in self._parameters.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The shadows by parameter name; they are not copied."""
@@ -122,3 +135,14 @@ class Teacher:
             raise ValueError("state: does not fit the teacher's shadows: " + "; ".join(sorted(differing)))
         for name, shadow in self.shadows.items():
             shadow.copy_(sharded_like(shadow, state[name]))
+
+
+def _like(parameter: Tensor, shard: Tensor) -> Tensor:
+    """A shard as a tensor of the layout of `parameter`."""
+    if not hasattr(parameter, "to_local"):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(parameter, DTensor)
+    placed = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(shard, *placed, run_check=False, shape=parameter.shape, stride=parameter.stride())

@@ -1,0 +1,96 @@
+"""The check of the first step: are the terms connected to what is trained, and nothing but what they say?
+
+It costs a few forward passes and waits for the device, once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from smart_kernels.smart.config import Logits, SmartConfig
+from smart_kernels.smart.divergence import Divergence
+from smart_kernels.smart.passes import CleanPass, Passes, detached
+from smart_kernels.smart.teacher import Teacher
+
+_CAUSES = (
+    "Likely causes: randomness that neither torch's nor Python's nor NumPy's global generator gives; a state that the "
+    "model changes in a pass and that is no buffer or attribute of its modules; a batch that is used up. "
+    "dropout='independent' compares passes of other masks on purpose; SmartConfig(check=False) switches this check off."
+)
+
+
+def check_connected(clean: CleanPass) -> None:
+    """Raise RuntimeError where the logits that are compared carry no graph, while the loss does."""
+    if clean.loss.requires_grad and torch.is_grad_enabled():
+        for i, x in enumerate(clean.logits):
+            if not x.requires_grad:
+                raise RuntimeError(
+                    f"logits: what is compared (tensor {i + 1} of {len(clean.logits)}, shape {tuple(x.shape)}) carries "
+                    "no graph, while the loss does, so the terms would train nothing. It came out of detach(), of "
+                    "torch.no_grad(), or from elsewhere than the model; return the model's own logits"
+                )
+
+
+def check_zero(
+    passes: Passes, clean: CleanPass, divergence: Divergence, config: SmartConfig, teacher: Teacher | None
+) -> dict[str, float]:
+    """The terms with no perturbation and with the student's own weights as teacher; RuntimeError where one is not 0."""
+    if config.dropout == "independent":
+        return {}
+    logits = detached(clean.logits)
+    found: dict[str, float] = {}
+    passed: dict[str, Logits] = {}
+    with torch.no_grad():
+        if clean.embeddings:
+            with torch.enable_grad():
+                still = tuple(torch.zeros_like(c.output.detach()) for c in clean.embeddings)
+                passed["smoothness_without_perturbation"] = detached(passes.perturbed(clean, still))
+        if teacher is not None:
+            passed["proximal_to_itself"] = passes.taught(None)
+        tolerated = 0.0
+        for name, other in passed.items():
+            value = float(divergence(other, logits))
+            found[name] = value
+            if value == 0 or not _finite(logits):
+                continue
+            if logits[0].device.type != "cpu" and not tolerated:
+                again = [passes.taught(None) for _ in range(2)]
+                tolerated = 16 * max(float(divergence(again[0], x)) for x in (again[1], logits))
+            if value > tolerated:
+                off = max(float((a - b).abs().max()) for a, b in zip(other, logits, strict=True))
+                what = (
+                    "without a perturbation"
+                    if name.startswith("smooth")
+                    else "with the student's own weights as teacher"
+                )
+                raise RuntimeError(
+                    f"check: {what} the passes of a step differ: the term is {value:.3g} where it must be 0, as logits "
+                    f"are off by up to {off:.3g}. So it would measure something else than what it says. {_CAUSES}"
+                )
+    return found
+
+
+def check_moves(
+    clean: CleanPass, divergence: Divergence, smoothness: Tensor, deltas: tuple[Tensor, ...] | None, unresolved: bool
+) -> bool:
+    """Whether it is settled that the perturbation moves the logits; RuntimeError where it does not.
+
+    Not settled where nothing in the batch is counted, or all logits are the same, as of a head that begins at zero.
+    """
+    if deltas is None or unresolved or not any(bool(d.any()) for d in deltas):
+        return True  # what has no noise or no radius was warned of
+    if float(smoothness.detach()) != 0:
+        return True
+    if not float(divergence.count(clean.logits)) or all(bool((x == x.flatten()[:1]).all()) for x in clean.logits):
+        return False
+    sizes = ", ".join(f"{float(d.abs().max()):.3g}" for d in deltas)
+    raise RuntimeError(
+        f"check: R_s is 0 with a perturbation of the embeddings of up to {sizes}, so the smoothness term would do "
+        "nothing. Likely causes: the logits that are compared do not come from the perturbed module; the graph was "
+        "cut; a dtype too narrow for this epsilon; logits so sure that every probability is 0 or 1"
+    )
+
+
+def _finite(logits: Logits) -> bool:
+    return all(bool(x.isfinite().all()) for x in logits)

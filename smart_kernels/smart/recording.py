@@ -1,0 +1,429 @@
+"""What a user's function did with a model, so that it can be done again without the function.
+
+While the clean pass runs, each call of a module is recorded, from outside of the model, with its arguments as they
+were; so is each function of torch that is applied to what came of one. What a tensor of logits was made of is then
+known, and that alone is repeated: the function's loss, its metrics, counters, random augmentation and further looks at
+the model run once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from smart_kernels.smart.parallel import without_reducer
+from smart_kernels.smart.state import Generators, States, set_states, version
+from smart_kernels.smart.structure import PLAIN, Filled, copied, leaves, mapped, tensors
+
+
+class _Value:
+    """In recorded arguments: what came of an earlier call, by number."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class _Constant:
+    """In recorded arguments: a tensor or another object that did not come from the model."""
+
+    __slots__ = ("value", "version")
+
+    def __init__(self, value: Any, version: int | None = None) -> None:
+        self.value = value
+        self.version = version  # where the value itself is kept, and not a copy
+
+
+class _Unknown:
+    """In recorded arguments: a tensor with a graph that nothing recorded has made."""
+
+
+@dataclasses.dataclass
+class Surroundings:
+    """What a call depends on besides its arguments: grad mode, autocast, which modules train."""
+
+    grad: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    training: tuple[bool, ...] = ()
+
+    @contextmanager
+    def restored(self, modules: Sequence[nn.Module], grad: bool) -> Iterator[None]:
+        """The same again."""
+        changed = [(m, m.training) for m, t in zip(modules, self.training, strict=False) if m.training != t]
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(grad))
+            for kind, enabled, dtype in self.autocast:
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, dtype, enabled))
+            for module, training in changed:
+                module.training = not training
+            try:
+                yield
+            finally:
+                for module, training in changed:
+                    module.training = training
+
+
+@dataclasses.dataclass
+class _Node:
+    function: Callable[..., Any]
+    arguments: Any
+    reads: set[int]
+    writes: set[int]
+    unknown: bool
+    surroundings: Surroundings
+    generators: States
+    outputs: dict[int, int] = dataclasses.field(default_factory=dict)
+    """Number by place among the output's leaves."""
+    embeddings: range = range(0)
+    output: Any = None
+    """Of a call: its output, as long as the recording goes on."""
+    call: bool = False
+
+
+class Recording(TorchFunctionMode):
+    """Records, within this mode, what is done with a model.
+
+    Args:
+        model: the model, wrapped or not.
+        modules: of the model.
+        entries: the modules that are called from outside of the model, as far as they are known; None for any.
+        generators: whose states are kept with each call.
+        count: tells how often the module to perturb has been called.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Sequence[nn.Module],
+        entries: set[nn.Module] | None,
+        generators: Generators | None,
+        count: Callable[[], int] = lambda: 0,
+    ) -> None:
+        super().__init__()
+        self._model = model
+        self._generators = generators
+        self._count = count
+        self._modules = modules
+        self._entries = entries
+        self._parameters = {id(p) for p in model.parameters()}
+        self._numbers: Any = WeakTensorKeyDictionary()
+        self._objects: dict[int, tuple[Any, int]] = {}  # by id: kept alive, so that ids stay unique
+        self._next = 0
+        self._depth = 0
+        self._inner: tuple[nn.Module, _Node] | None = None
+        self._kinds = sorted({d.type for d in (torch.device("cpu"), *({p.device for p in model.parameters()}))})
+        self.nodes: list[_Node] = []
+        self.called: set[nn.Module] = set()
+
+    # ---------------------------------------------------------------------------------------------- recording
+
+    def __enter__(self) -> Any:
+        """Begin: the modules tell when they are called."""
+        self._installed = [(m, m.__dict__.get("_compiled_call_impl")) for m in self._listening()]
+        for module, compiled in self._installed:
+            run = module._call_impl if compiled is None else compiled
+            module.__dict__["_compiled_call_impl"] = self._caller(module, run)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        """End: the modules are as they were."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for module, compiled in self._installed:
+            if compiled is None:
+                module.__dict__.pop("_compiled_call_impl", None)
+            else:
+                module.__dict__["_compiled_call_impl"] = compiled
+
+    def _listening(self) -> list[nn.Module]:
+        if self._entries is None:
+            return list(outside_compiled(self._model))
+        inner = {self._model.module} if isinstance(self._model, DistributedDataParallel) else set()
+        return list(self._entries | {self._model} | inner)
+
+    def _caller(self, module: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return run(*args, **kwargs)
+            if self._depth:
+                if self._inner is not None and self._inner[0] is module:
+                    # the reducer may have moved or cast what it was given
+                    node = self._inner[1]
+                    self._inner = None
+                    node.arguments, node.reads, node.writes, node.unknown = self._kept((args, kwargs), clone=True)
+                return run(*args, **kwargs)
+            self.called.add(module)
+            inner = without_reducer(module)
+            node = self._node(inner, (args, kwargs), call=True)
+            self._inner = None if inner is module else (inner, node)
+            begin = self._count()
+            self._depth += 1
+            try:
+                with self._paused():
+                    output = run(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                self._inner = None
+            node.embeddings = range(begin, self._count())
+            node.output = output
+            self._made(node, output)
+            self.nodes.append(node)
+            return output
+
+        return call
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Inside of the model nothing is recorded, and nothing is slower."""
+        if torch.overrides._get_current_function_mode() is not self:
+            yield
+            return
+        torch.overrides._pop_mode()
+        try:
+            yield
+        finally:
+            torch.overrides._push_mode(self)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Record what is applied to something that came from the model, if tensors come of it or are changed."""
+        kwargs = kwargs or {}
+        if self._depth or torch.compiler.is_compiling() or not self._of_model((args, kwargs)):
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        changes = "out" in kwargs or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        node = self._node(func, (args, kwargs), changes=changes)
+        result = func(*args, **kwargs)
+        if changes or any(isinstance(x, Tensor) for x in leaves(result)):
+            if changes:
+                for tensor in tensors((args, kwargs)):
+                    self._changed(node, tensor)
+            self._made(node, result)
+            self.nodes.append(node)
+        return result
+
+    def _of_model(self, arguments: Any) -> bool:
+        return any(self._numbers.get(x) is not None or id(x) in self._parameters for x in tensors(arguments))
+
+    def _node(self, function: Callable[..., Any], arguments: Any, call: bool = False, changes: bool = False) -> _Node:
+        kept, reads, writes, unknown = self._kept(arguments, clone=call or changes)
+        autocast = tuple(
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in self._kinds
+            if torch.amp.is_autocast_available(kind)
+        )
+        training = tuple([m.training for m in self._modules]) if call else ()
+        surroundings = Surroundings(torch.is_grad_enabled(), autocast, training)
+        generators: States = []
+        if self._generators is not None:
+            generators = self._generators.states() if call else self._generators.torch_states()
+        return _Node(function, kept, reads, writes, unknown, surroundings, generators, call=call)
+
+    def _kept(self, arguments: Any, clone: bool) -> tuple[Any, set[int], set[int], bool]:
+        """Arguments as they are now, with numbers in the place of what came from the model; what is read; changed."""
+        reads: set[int] = set()
+        writes: set[int] = set()
+        unknown = False
+
+        def keep(x: Any) -> Any:
+            nonlocal unknown
+            if isinstance(x, Tensor):
+                number = self._numbers.get(x)
+                if number is not None:
+                    reads.add(number)
+                    return _Value(number)
+                if x.grad_fn is not None:
+                    unknown = True
+                    return _Unknown()
+                if x.requires_grad or id(x) in self._parameters:
+                    return _Constant(x)
+                return _Constant(x.detach().clone()) if clone else _Constant(x, version(x))
+            if isinstance(x, (*PLAIN, nn.Module)) or callable(x):
+                return _Constant(x)
+            # an object with a state of its own, such as a cache: a call may change it, and a later one get it again
+            if id(x) not in self._objects:
+                number = self._number()
+                self._objects[id(x)] = x, number
+                again, graph = copied(x)
+                self.nodes.append(_Node(_again, again, set(), {number}, graph, _HERE, [], {0: number}))
+            number = self._objects[id(x)][1]
+            reads.add(number)
+            writes.add(number)
+            return _Value(number)
+
+        return mapped(arguments, keep, keep=True), reads, writes, unknown
+
+    def _number(self) -> int:
+        self._next += 1
+        return self._next
+
+    def _made(self, node: _Node, output: Any) -> None:
+        for place, x in enumerate(leaves(output)):
+            if isinstance(x, Tensor):
+                if id(x) in self._parameters:
+                    continue
+                number = self._numbers.get(x)
+                if number is None:
+                    number = self._numbers[x] = self._number()
+            elif isinstance(x, PLAIN) or callable(x):
+                continue
+            elif id(x) in self._objects:
+                number = self._objects[id(x)][1]
+            else:
+                number = self._number()
+                self._objects[id(x)] = x, number
+            node.outputs[place] = number
+            node.writes.add(number)
+
+    def _changed(self, node: _Node, tensor: Tensor) -> None:
+        """An argument that was changed in place, and what shares its memory."""
+        if id(tensor) in self._parameters:
+            return
+        if self._numbers.get(tensor) is None:  # one of the user's own, from here on made by the model
+            node.unknown = True
+            self._numbers[tensor] = self._number()
+        shares: Any = torch._C._is_alias_of  # type: ignore[attr-defined]
+        for other, number in list(self._numbers.items()):
+            if other is tensor or shares(other, tensor):
+                node.writes.add(number)
+                node.reads.add(number)
+
+    # ---------------------------------------------------------------------------------------------- what it gives
+
+    def outputs(self) -> list[Any]:
+        """What the calls gave, of those that can be differentiated; of all where none can."""
+        outputs = [n.output for n in self.nodes if n.call]
+        with_graph = [o for o in outputs if any(isinstance(x, Tensor) and x.requires_grad for x in leaves(o))]
+        return with_graph or outputs
+
+    def replay(self, logits: Sequence[Tensor], whole: bool) -> Replay | None:
+        """How these logits are computed anew.
+
+        Args:
+            logits: tensors that the user's function gave.
+            whole: whether a generator's state is set for each call.
+
+        Returns:
+            None where it is not known what they were made of.
+        """
+        numbers = [self._numbers.get(x) for x in logits]
+        nodes: list[_Node] = []
+        live = {n for n in numbers if n is not None}
+        for node in reversed(self.nodes):
+            if node.writes & live:
+                nodes.append(node)
+                live |= node.reads
+        nodes.reverse()
+        for node in self.nodes:
+            node.output = None
+        kept = all(not n.unknown and (n.function is _again or _as_it_was(n.arguments)) for n in nodes)
+        if None in numbers or not kept or not any(n.call for n in nodes):
+            return None
+        return Replay(nodes, [n for n in numbers if n is not None], list(self._modules), whole)
+
+
+class Replay(nn.Module):
+    """The calls that some logits come from, to be made again."""
+
+    def __init__(self, nodes: list[_Node], logits: list[int], modules: list[nn.Module], generators: bool) -> None:
+        super().__init__()
+        self._nodes = nodes
+        self._logits = logits
+        self._tree = _Held(modules)
+        self._set = generators
+
+    @property
+    def embeddings(self) -> list[int]:
+        """Which calls of the module to perturb, in the order of the clean pass, happen here."""
+        return [i for node in self._nodes for i in node.embeddings]
+
+    def arguments(self, embedding: int) -> Mapping[str, Any]:
+        """The named arguments of the call in which this call of the module to perturb happened."""
+        node = next(n for n in self._nodes if embedding in n.embeddings)
+        args, kwargs = node.arguments
+        named: dict[str, Any] = {}
+        for part in (*args, kwargs):
+            contents = part.contents if isinstance(part, Filled) else part
+            if isinstance(contents, dict):
+                named |= {k: v.value for k, v in contents.items() if isinstance(v, _Constant)}
+        return named
+
+    def forward(self, grad: bool = False, values: Mapping[int, Tensor] | None = None) -> tuple[Tensor, ...]:
+        """The logits.
+
+        Args:
+            grad: with a graph, also where the clean pass made none.
+            values: by id of a parameter, what stands in its place.
+        """
+        made: dict[int, Any] = {}
+
+        def give(x: Any) -> Any:
+            if isinstance(x, _Value):
+                return made[x.number]
+            if isinstance(x.value, Tensor):
+                if values is not None and id(x.value) in values:
+                    return values[id(x.value)]
+                # a call may change what it gets
+                return x.value if x.version is not None or x.value.requires_grad else x.value.clone()
+            return x.value
+
+        for node in self._nodes:
+            if self._set and node.generators:
+                set_states(node.generators)
+            with node.surroundings.restored(self._tree.modules, node.surroundings.grad or grad):
+                if node.function is _again:
+                    output, _ = copied(node.arguments)
+                else:
+                    args, kwargs = mapped(node.arguments, give)
+                    output = node.function(*args, **kwargs)
+            for place, x in enumerate(leaves(output)):
+                if place in node.outputs:
+                    made[node.outputs[place]] = x
+        return tuple(made[n] for n in self._logits)
+
+
+class _Held:
+    """Modules that are not to become parts of another."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = modules
+
+
+def _again() -> None:
+    """Stands for a new copy of an object that the first call got."""
+
+
+_HERE = Surroundings(True, ())
+_IN_PLACE = {f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
+_IN_PLACE |= {"__setitem__", "__set__"}
+
+
+def outside_compiled(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and its parts, but for what lies in a compiled one."""
+    seen: set[int] = set()
+    waiting = [module]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen or isinstance(module, torch.jit.ScriptModule):
+            continue
+        seen.add(id(module))
+        yield module
+        if module._compiled_call_impl is None and "_orig_mod" not in module._modules:
+            waiting += [m for m in module._modules.values() if m is not None]
+
+
+def _as_it_was(arguments: Any) -> bool:
+    """Whether what was kept without a copy has not been changed since."""
+    return all(
+        c.version is None or version(c.value) == c.version for c in leaves(arguments) if isinstance(c, _Constant)
+    )

@@ -1,0 +1,253 @@
+"""What a forward pass changes besides its output: generators, buffers, attributes; found, and put back for a repetition.
+
+A pass is repeated from where it began, and afterwards all is as the first one left it. What is changed in place is
+not put back in place, as a graph may need it as it stands: the repetition works on copies of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+import types
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+States = list[tuple[Callable[[Any], Any], Any]]
+"""States of generators, each with what sets it."""
+
+_MISSING = object()
+_OF_MODULES = frozenset(vars(nn.Module()))
+"""The attributes that torch itself keeps in a module: parameters, hooks, training; `_buffers` is looked at apart."""
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
+_LARGEST_CONTAINER = 65536
+_DEPTH = 4
+_SMALL = 65536
+"""Elements of a tensor up to which it is copied at each step, whether or not it has ever been changed."""
+
+
+class Generators:
+    """The generators of random numbers that a model's passes may draw from.
+
+    They are torch's of the CPU and of the model's devices, Python's `random`, NumPy's global one, and those that a
+    module holds as an attribute. States lie on the host, those of a GPU too, so nothing waits for the device.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.devices = sorted({p.device for p in model.parameters()} - {torch.device("cpu")}, key=str)
+        self._held = {id(v): v for m in model.modules() for v in vars(m).values() if _is_generator(v)}.values()
+
+    def torch_states(self) -> States:
+        """Those of torch's default generators."""
+        states: States = [(torch.set_rng_state, torch.get_rng_state())]
+        for device in self.devices:
+            module = torch.get_device_module(device)
+            states.append((functools.partial(_set_on, module, device), module.get_rng_state(device)))
+        return states
+
+    def states(self) -> States:
+        """The states of all."""
+        states = self.torch_states()
+        states.append((random.setstate, random.getstate()))
+        if (numpy := sys.modules.get("numpy")) is not None:
+            states.append((numpy.random.set_state, numpy.random.get_state()))
+        return states + [_state(generator) for generator in self._held]
+
+
+def _set_on(module: Any, device: torch.device, state: Tensor) -> None:
+    module.set_rng_state(state, device)
+
+
+def set_states(states: States) -> None:
+    """Set generators to what :class:`Generators` gave."""
+    for setter, state in states:
+        setter(state)
+
+
+def _is_generator(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    kinds = (torch.Generator, random.Random)
+    return isinstance(value, kinds if numpy is None else (*kinds, numpy.random.Generator, numpy.random.RandomState))
+
+
+def _state(generator: Any) -> tuple[Callable[[Any], Any], Any]:
+    if isinstance(generator, random.Random):
+        return generator.setstate, generator.getstate()
+    if hasattr(generator, "bit_generator"):
+        bits = generator.bit_generator
+        return lambda state: setattr(bits, "state", state), bits.state
+    return generator.set_state, generator.get_state()
+
+
+class Attributes:
+    """The attributes of some objects before a pass, and what of them the pass has changed.
+
+    Looked at are buffers, tensors, numbers and whatever else is assigned anew, and what lies in lists, dicts and sets;
+    of other objects, which attribute they are and not what is in them.
+
+    Args:
+        objects: modules, or other objects with attributes.
+        dicts: further mappings of names to values, with the names that are looked at.
+        changing: ids of the large tensors that are known to change: they are copied before.
+    """
+
+    def __init__(
+        self,
+        objects: Iterable[Any],
+        dicts: Iterable[tuple[dict[str, Any], Sequence[str]]] = (),
+        changing: set[int] | None = None,
+    ) -> None:
+        self._changing = set() if changing is None else changing
+        self._values: list[tuple[dict[str, Any], dict[str, Any], bool]] = []
+        self._tensors: list[tuple[dict[str, Any], str, Tensor, int, Tensor | None]] = []
+        self._contents: dict[int, tuple[Any, Any]] = {}
+        self._changes: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
+        for one in objects:
+            own = vars(one)
+            if isinstance(one, nn.Module):
+                if one._buffers:
+                    self._keep(one._buffers, dict(one._buffers))
+                if type(one).__module__.startswith("torch.nn."):
+                    continue  # with no state but buffers
+                self._keep(own, {k: v for k, v in own.items() if k not in _OF_MODULES})
+            else:
+                self._keep(own, dict(own))
+        for mapping, names in dicts:
+            self._keep(mapping, {name: mapping[name] for name in names if name in mapping}, whole=False)
+
+    def _keep(self, place: dict[str, Any], values: dict[str, Any], whole: bool = True) -> None:
+        self._values.append((place, values, whole))
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                if type(value) is not nn.Parameter:
+                    copied = not value.requires_grad and (value.numel() <= _SMALL or id(value) in self._changing)
+                    self._tensors.append((place, name, value, version(value), value.clone() if copied else None))
+            elif type(value) in _CONTAINERS:
+                self._contained(value, _DEPTH)
+
+    def _contained(self, container: Any, depth: int) -> None:
+        if id(container) in self._contents or len(container) > _LARGEST_CONTAINER:
+            return
+        self._contents[id(container)] = container, container.copy()
+        if depth:
+            for value in container.values() if isinstance(container, dict) else container:
+                if type(value) in _CONTAINERS:
+                    self._contained(value, depth - 1)
+
+    def find_changes(self) -> None:
+        """What the pass has changed, for :meth:`repeated`: to be called when it ends."""
+        self._changes = []
+        in_place = set()
+        for place, name, tensor, old, copy in self._tensors:
+            if version(tensor) != old:
+                self._changing.add(id(tensor))
+                in_place.add((id(place), name))
+                # what was not copied is repeated from where the pass left it; from the next step on it is copied
+                start = tensor.detach().clone() if copy is None else copy
+                self._changes.append((_copier(place, name, start), _setter(place, name, place.get(name, _MISSING))))
+        for place, before, whole in self._values:
+            for name in before.keys() | place.keys() if whole else before:
+                old, new = before.get(name, _MISSING), place.get(name, _MISSING)
+                if old is not new and (id(place), name) not in in_place and name not in _OF_MODULES:
+                    self._changes.append((_setter(place, name, old), _setter(place, name, new)))
+        for container, before in self._contents.values():
+            if not _same(container, before):
+                self._changes.append((_filler(container, before), _filler(container, container.copy())))
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Around a repetition of the pass: it begins where the pass began, and all ends as the pass left it."""
+        for before, _ in self._changes:
+            before()
+        try:
+            yield
+        finally:
+            for _, after in self._changes:
+                after()
+
+    def undo(self) -> None:
+        """Be as before the pass."""
+        for before, _ in self._changes:
+            before()
+
+
+def reachable(function: Callable[..., Any]) -> tuple[list[Any], list[tuple[dict[str, Any], list[str]]]]:
+    """What a function of the user's may change besides the model: its object, and the variables that it names.
+
+    Returns:
+        Objects, and dicts with the names in them, for :class:`Attributes`.
+    """
+    objects, dicts = [], []
+    if isinstance(function, types.MethodType):
+        objects.append(function.__self__)
+        function = function.__func__
+    code = getattr(function, "__code__", None)
+    if code is not None:
+        space = function.__globals__
+        names = [
+            n
+            for n in code.co_names
+            if n in space and not isinstance(space[n], types.ModuleType | type | types.FunctionType)
+        ]
+        dicts.append((space, names))
+        found = [space[n] for n in names]
+        for cell in function.__closure__ or ():
+            try:
+                found.append(cell.cell_contents)
+            except ValueError:  # empty
+                continue
+            dicts.append((_Cell(cell), ["contents"]))
+        objects += [part for value in found if isinstance(value, nn.Module) for part in value.modules()]
+    return [x for x in objects if hasattr(x, "__dict__")], dicts
+
+
+class _Cell(dict[str, Any]):
+    """A variable of an enclosing function, as a mapping."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        super().__init__(contents=cell.cell_contents)
+        self._cell = cell
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._cell.cell_contents = value
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._cell.cell_contents if name == "contents" else default
+
+
+def _setter(place: dict[str, Any], name: str, value: Any) -> Callable[[], Any]:
+    if value is _MISSING:
+        return lambda: place.pop(name, None)
+    return lambda: place.__setitem__(name, value)
+
+
+def _same(container: Any, before: Any) -> bool:
+    if len(container) != len(before):
+        return False
+    if isinstance(container, set):
+        return bool(container == before)
+    if isinstance(container, dict):
+        return all(k == j and v is w for (k, v), (j, w) in zip(container.items(), before.items(), strict=True))
+    return all(v is w for v, w in zip(container, before, strict=True))
+
+
+def _copier(place: dict[str, Any], name: str, tensor: Tensor) -> Callable[[], Any]:
+    return lambda: place.__setitem__(name, tensor.clone())
+
+
+def _filler(container: Any, contents: Any) -> Callable[[], Any]:
+    def fill() -> None:
+        container.clear()
+        container.update(contents) if isinstance(container, dict | set) else container.extend(contents)
+
+    return fill
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor has been changed in place, as autograd counts it."""
+    return -1 if tensor.is_inference() else tensor._version
