@@ -350,7 +350,7 @@ class Strength:
 
     def _smoothness(self, delta: Tensor) -> Tensor:
         embeds = self.exact.get_input_embeddings()(self.batch["input_ids"])
-        with self.hook.replace(perturb(embeds, delta)):
+        with self.hook.replace({0: perturb(embeds, delta)}, 1):
             return symmetric_kl(self.exact(**self.batch).logits, self.clean)
 
     def _ascend(self) -> Tensor:

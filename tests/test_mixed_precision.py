@@ -43,7 +43,7 @@ def test_in_autocast_embeddings_and_perturbation_stay_wide(adversary: str, dtype
     hidden: list[torch.dtype] = []
     model.query_key_value.register_forward_hook(lambda *args: hidden.append(args[-1].dtype))
     batch = batch_for(model)
-    smart = Smart(model, SmartConfig(**BALL, adversary=adversary), 10)
+    smart = Smart(model, SmartConfig(**BALL, adversary=adversary, check=False), 10)
     with torch.autocast("cpu", dtype):
         out = smart(batch)
     out.loss.backward()
@@ -198,7 +198,8 @@ def test_warns_once_where_the_difference_of_two_passes_drowns() -> None:
         ):
             assert part in message
         for quiet in ({"adversary": "predicted"}, {"adversary": "task"}, {"adversary": "fisher"}, {"epsilon": 0.1}):
-            assert not warnings_of(model, autocast, **quiet)
+            # at the paper's radius the logits of so small a model are the same in bf16: the check would tell
+            assert not warnings_of(model, autocast, check=False, **quiet)
     assert not warnings_of(Encoder())
 
 
@@ -207,8 +208,9 @@ def test_warns_once_where_the_sum_does_not_hold_the_perturbation() -> None:
     for adversary in ("power", "predicted"):
         (message,) = warnings_of(Encoder().bfloat16(), adversary=adversary)
         assert "Keep the embeddings in float32" in message
-    assert not warnings_of(Encoder().bfloat16(), adversary="random")
-    assert not warnings_of(Encoder().bfloat16(), epsilon=0.1)
+    with pytest.raises(RuntimeError, match="R_s is 0 with a perturbation"):
+        warnings_of(Encoder().bfloat16(), adversary="random")
+    assert not warnings_of(Encoder().bfloat16(), epsilon=0.1, noise_std=0.1)
 
 
 # ------------------------------------------------------------------------------------------------------ GradScaler

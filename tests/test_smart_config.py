@@ -12,7 +12,7 @@ from smart_kernels import SmartConfig
 
 def test_defaults_are_the_papers() -> None:
     config = SmartConfig()
-    assert (config.epsilon, config.noise_std, config.step_size, config.ascent_steps) == (1e-5, 1e-5, 1e-3, 1)
+    assert (config.epsilon, config.noise_std, config.step_length, config.ascent_steps) == (1e-5, 1e-5, 1e-3, 1)
     assert (config.mu, config.decay, config.decay_late, config.decay_switch, config.inner_steps) == (
         1,
         0.99,

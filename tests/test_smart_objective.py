@@ -196,7 +196,7 @@ def test_dropout_off_is_evaluation_mode_but_for_batch_norm() -> None:
     batch = batch_for(model)
     modes: list[tuple[bool, bool]] = []
     model.register_forward_pre_hook(lambda m, _: modes.append((m.training, m.batch_norm.training)))
-    out = Smart(model, SmartConfig(**BALL, dropout="off"), 10)(batch)
+    out = Smart(model, SmartConfig(**BALL, dropout="off", check=False), 10)(batch)
     assert modes == [(False, True)] * 4
     assert all(m.training for m in model.modules())
     torch.testing.assert_close(out.task_loss, model.eval()(**batch).loss.detach())
@@ -339,7 +339,7 @@ def test_logits_that_the_words_do_not_reach(adversary: str) -> None:
             return super().from_embeddings(0 * x.detach(), *args)
 
     noise = torch.randn(*BATCH["input_ids"].shape, WIDTH)
-    config = SmartConfig(**BALL | {"epsilon": 1.0}, adversary=adversary)
+    config = SmartConfig(**BALL | {"epsilon": 1.0, "step_size": 1.0}, adversary=adversary, check=False)
     out = Smart(Deaf(), config, 10)(BATCH, initial_perturbation=noise)
     out.loss.backward()
     assert out.smoothness == 0

@@ -65,6 +65,8 @@ class SmartTrainingArguments(_SmartArguments, TrainingArguments):  # type: ignor
         smart_embedding: name of the module whose output is perturbed; by default the word embedding, or what else
             the model's ``get_input_embeddings()`` gives: in one for images the projection of the patches, to which
             positions are added later (already part of the output of "vit.embeddings").
+        smart_mask: name of the input that is 0 at the positions that are not perturbed, of shape (B, L) for embeddings
+            (B, L, H); "none" to perturb all. By default the "attention_mask", as far as it fits.
 
     Example:
         >>> from smart_kernels.integrations.transformers import SmartTrainingArguments
@@ -76,6 +78,10 @@ class SmartTrainingArguments(_SmartArguments, TrainingArguments):  # type: ignor
     smart_embedding: str | None = field(
         default=None,
         metadata={"help": "name of the module whose output is perturbed; by default the word embedding"},
+    )
+    smart_mask: str | None = field(
+        default=None,
+        metadata={"help": "name of the input that is 0 at positions not to be perturbed; 'none' to perturb all"},
     )
 
     def smart_config(self) -> SmartConfig:
@@ -112,7 +118,7 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         args: the arguments, a SmartTrainingArguments.
         others: Trainer's other arguments, by position.
         divergence: a callable instead of `args.smart_divergence`, as in :class:`~smart_kernels.SmartConfig`.
-        mask: which positions are perturbed, as in :class:`~smart_kernels.Smart`; by default the "attention_mask".
+        mask: which positions are perturbed, as in :class:`~smart_kernels.Smart`; by default `args.smart_mask`.
         forward: how the model is run in training, as in :class:`~smart_kernels.Smart`: (model, inputs) -> (task loss,
             logits), instead of Trainer's own `compute_loss`. The loss is a mean over the batch.
         kwargs: Trainer's other arguments, by name.
@@ -142,7 +148,7 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         args.smart_config()
         self.smart: Smart | None = None
         self._divergence = divergence
-        self._mask = attention_mask if mask is None else mask
+        self._mask = mask or _named_mask(args.smart_mask)
         self._own_forward = forward
         self._checkpoint: str | None = None  # that the training goes on from
         self._kinds: dict[Any, tuple[bool, bool]] = {}  # of batches, see _ignored
@@ -370,6 +376,18 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         """Trainer's; the first process goes on, to what tells that all is there, when every process has written."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
+
+
+def _named_mask(name: str | None) -> Callable[[Any], Any]:
+    if name is None:
+        return attention_mask
+
+    def mask(inputs: dict[str, Any]) -> Any:
+        if name != "none" and name not in inputs:
+            raise ValueError(f"smart_mask: got {name!r}, expected 'none' or one of the inputs: {', '.join(inputs)}")
+        return inputs.get(name)
+
+    return mask
 
 
 class _Steps(TrainerCallback):  # type: ignore[misc]

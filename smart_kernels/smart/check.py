@@ -88,7 +88,7 @@ def check_moves(
     raise RuntimeError(
         f"check: R_s is 0 with a perturbation of the embeddings of up to {sizes}, so the smoothness term would do "
         "nothing. Likely causes: the logits that are compared do not come from the perturbed module; the graph was "
-        "cut; a dtype too narrow for this epsilon; logits so sure that every probability is 0 or 1"
+        "cut; a dtype too narrow for this epsilon or noise_std; logits so sure that every probability is 0 or 1"
     )
 
 

@@ -205,8 +205,9 @@ def choose_divergence(
     Args:
         divergence: as in :class:`~smart_kernels.SmartConfig`.
         logits: (B, C) of classes; (B, 1) or (B,) of numbers; (B, L, C) of tokens, where those that have no label
-            are not counted (in a decoder that predicts the next token, its label is the next one); or a pair of
-            (B, L), start and end of a span, where padding is no candidate.
+            are not counted (in a decoder that predicts the next token, its label is the next one), nor virtual
+            tokens that a learnt prompt puts before; or a pair of (B, L), start and end of a span, where padding is no
+            candidate.
         batch: the batch: its "labels" and "attention_mask" are looked at where it is a mapping.
         model: the model, asked whether it predicts the next token.
         num_items: as in :class:`Divergence`.
@@ -241,11 +242,24 @@ def choose_divergence(
             )
     if len(shape) == 2:
         return SymmetricKL(num_items=num_items)
-    counted = mask if isinstance(mask, Tensor) and mask.shape == shape[:-1] else None
-    if isinstance(labels, Tensor) and labels.shape == shape[:-1]:
-        counted = labels != IGNORED
+    counted = _rows(mask, shape)
+    counted = None if counted is None else counted > 0
+    labelled = _rows(labels, shape)
+    if labelled is not None:
+        counted = labelled != IGNORED
         counted = nn.functional.pad(counted[:, 1:], (0, 1)) if _predicts_next(model) else counted
     return SymmetricKL(counted, num_items=num_items)
+
+
+def _rows(values: Any, shape: torch.Size) -> Tensor | None:
+    """One of the labels, or of the mask, for each row of logits (B, L, C); None where they do not fit.
+
+    Logits of more rows begin with those of virtual tokens, as of a learnt prompt, which have no label.
+    """
+    if not isinstance(values, Tensor) or values.dim() != 2 or len(values) != shape[0] or values.shape[1] > shape[1]:
+        return None
+    virtual = shape[1] - values.shape[1]
+    return nn.functional.pad(values, (virtual, 0), value=IGNORED if virtual else 0)
 
 
 def _predicts_next(model: nn.Module) -> bool:

@@ -95,7 +95,7 @@ def _candidates(model: nn.Module, found: dict[int, nn.Module | None]) -> str:
     """Names for an error: what was found, every nn.Embedding, and maps of features that stand outside of any list."""
     found.pop(id(None), None)
     names = []
-    for name, module in model.named_modules():
+    for name, module in list(model.named_modules())[1:]:
         matrix = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and not re.search(r"\.\d+(\.|$)", name)
         if id(module) in found or isinstance(module, nn.Embedding) or (matrix and not list(module.children())):
             names.append(repr(name))
@@ -200,9 +200,12 @@ class EmbeddingHook:
         if self._replacements is not None:
             return with_first_floating(output, self._replacements[place]) if place in self._replacements else output
         x = first_floating(output)
-        if x is None:
+        if x is None or x.dim() < 2:
             got = f"the {type(self.module).__name__} returns {type(output).__name__}"
-            raise TypeError(f"embedding: {got}, expected a floating-point tensor, alone or the first of several parts")
+            raise TypeError(
+                f"embedding: {got}, expected a floating-point tensor of a shape such as (B, L, H), alone or the first "
+                "of several parts"
+            )
         kind = x.device.type
         autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         self.compute_dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
@@ -273,5 +276,5 @@ def warn_if_unresolved(embeds: Tensor, epsilon: float, adversary: str, compute_d
                 f"{resolution:.1g}: {consequence}",
                 stacklevel=2,
             )
-            return consequence is lost
+            return True
     return False

@@ -138,7 +138,7 @@ class Smart:
         self._scope = "token" if signs or config.adversary == "random" else config.scope
         self._updates = 0
         self._checked = False
-        self._warned = config.adversary == "random"  # which knows no radius
+        self._warned = False
         self._unresolved = False
         self.steps = 0
         device = next((p.device for m in (module, model) if m is not None for p in m.parameters()), torch.device("cpu"))
@@ -359,11 +359,11 @@ class Smart:
             assert hook is not None
             if len(calls) > 1:
                 warnings.warn(
-                    f"embedding: the {type(hook.module).__name__} to perturb is called {len(calls)} times in a pass; each "
-                    "call has a perturbation of its own, so that `perturbation` is a tuple",
+                    f"embedding: the {type(hook.module).__name__} to perturb is called {len(calls)} times in a pass; "
+                    "each call has a perturbation of its own, so that `perturbation` is a tuple",
                     stacklevel=4,
                 )
-            for call in calls:
+            for call in calls if config.adversary != "random" else ():  # which knows no radius
                 self._unresolved |= warn_if_unresolved(
                     call.output, config.epsilon, config.adversary, hook.compute_dtype
                 )
@@ -372,15 +372,15 @@ class Smart:
                 p.own(init_perturbation(p.ordered(c.output.detach()), config.noise_std, p.mask, generator))
                 for c, p in zip(calls, positions, strict=True)
             )
-        given = initial if isinstance(initial, tuple | list) else (initial,)
+        given = initial if len(calls) > 1 and isinstance(initial, tuple | list) else (initial,)
         if len(given) != len(calls):
             raise ValueError(
-                f"initial_perturbation: got {len(given)} tensors, expected {len(calls)}, one for each call of the module"
+                f"initial_perturbation: got {len(given)}, expected {len(calls)} tensors, one for each call"
             )
         return tuple(_initial(x, c.output, p) for x, c, p in zip(given, calls, positions, strict=True))
 
 
-def _initial(initial: Tensor, embeds: Tensor, positions: Positions) -> Tensor:
+def _initial(initial: Any, embeds: Tensor, positions: Positions) -> Tensor:
     if not isinstance(initial, Tensor) or not initial.is_floating_point():
         got = initial.dtype if isinstance(initial, Tensor) else type(initial).__name__
         raise TypeError(f"initial_perturbation: got {got}, expected a floating-point tensor")
@@ -389,11 +389,11 @@ def _initial(initial: Tensor, embeds: Tensor, positions: Positions) -> Tensor:
             f"initial_perturbation: got shape {tuple(initial.shape)} on {initial.device}, expected that of the "
             f"embeddings, {tuple(embeds.shape)} on {embeds.device}"
         )
-    initial = initial.detach().to(torch.promote_types(embeds.dtype, torch.float32))
+    noise: Tensor = initial.detach().to(torch.promote_types(embeds.dtype, torch.float32))
     if positions.mask is None:
-        return initial.clone()
-    ordered = positions.ordered(initial)
-    kept = check_mask(positions.mask, ordered, "the embeddings").unsqueeze(-1) != 0
+        return noise.clone()
+    ordered = positions.ordered(noise)
+    kept: Tensor = check_mask(positions.mask, ordered, "the embeddings").unsqueeze(-1) != 0
     return positions.own(torch.where(kept, ordered, 0))
 
 

@@ -190,12 +190,13 @@ class Passes:
         self._modules = list(self._bare.modules())
         self._parameters = [(name, p) for name, p in self._bare.named_parameters()]
         self._taught = taught
-        self._trainable = {name for name, p in self._parameters if p.requires_grad}
+        self._trainable = {id(p) for _, p in self._parameters if p.requires_grad}
         self._places = [
-            (f"{name}.{key}".lstrip("."), module, key, p, p.shape)
+            (f"{name}.{key}".lstrip("."), places, key, part, getattr(part, "shape", None))
             for name, module in self._bare.named_modules()
-            for key, p in module._parameters.items()
-            if p is not None
+            for places in (module._parameters, module._modules)
+            for key, part in places.items()
+            if part is not None
         ]
         self._entries: set[nn.Module] | None = None
         self._changing: set[int] = set()  # ids of buffers
@@ -214,14 +215,13 @@ class Passes:
     def changed_parameters(self) -> list[str]:
         """What is no longer as it was when this object was made: parameters that are others, or are trained now."""
         if self._sharded:  # in whose place are gathered ones for a while
-            return [n for n, p in self._parameters if self._taught and p.requires_grad and n not in self._trainable]
+            return [n for n, p in self._parameters if self._taught and p.requires_grad and id(p) not in self._trainable]
         changed = []
-        for name, place, key, parameter, shape in self._places:
-            own = place._parameters.get(key)
-            if (
-                own is not parameter
-                or own.shape != shape
-                or (self._taught and own.requires_grad and name not in self._trainable)
+        for name, places, key, part, shape in self._places:
+            own: Any = places.get(key)
+            same = own is part and (shape is None or own.shape == shape)
+            if not same or (
+                shape is not None and self._taught and own.requires_grad and id(own) not in self._trainable
             ):
                 changed.append(name)
         return changed
@@ -357,17 +357,16 @@ class Passes:
 
     @contextmanager
     def probe(self, clean: CleanPass, deltas: tuple[Tensor, ...], loss: bool) -> Iterator[tuple[Tensor | None, Logits]]:
-        """The logits at embeddings + deltas, in a graph for the deltas and for no weight; and the task loss, on request.
+        """The task loss, on request, and the logits at embeddings + deltas, in a graph for these and for no weight.
 
         Its gradients are to be taken inside the context: a checkpointed layer runs again then, as it ran before. The
         loss takes the whole of the user's function.
         """
-        outputs = [
-            perturb(c.output.detach(), d.requires_grad_()) for c, d in zip(clean.embeddings, deltas, strict=True)
-        ]
         # a compiled model would be compiled once more for weights that are frozen
         frozen = torch.enable_grad() if self.compiled() else _weights_frozen(self.model)
         with self._extra(), frozen:
+            pairs = zip(clean.embeddings, deltas, strict=True)
+            outputs = [perturb(c.output.detach(), d.requires_grad_()) for c, d in pairs]
             with self._replaced(clean, outputs, loss or self._replay is None):
                 result = self._whole() if loss else (None, self._run(grad=True))
             yield result

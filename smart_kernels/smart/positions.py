@@ -137,7 +137,7 @@ class Layout:
         how, name = relation or ("", "")
         if self._mask is not None:
             mask = self._mask(batch)
-            mask = mask[place] if isinstance(mask, tuple | list) else mask
+            mask = mask[place] if isinstance(mask, tuple) else mask
         elif call.ids is not None and (relation is None or name.startswith("decoder_")):
             # other words than those that the mask is of
             mask = named.get(f"decoder_{MASK}")
@@ -251,8 +251,9 @@ class Layout:
     def _unfit(self, mask: Tensor, shape: torch.Size) -> ValueError:
         return ValueError(
             f"mask: got shape {tuple(mask.shape)} for embeddings of shape {tuple(shape)}, and it is not known which "
-            "positions it means; expected the first dimensions of the embeddings. Give `mask`, a function of the batch "
-            "(smart_mask in SmartTrainer), that returns 0 where a position is not to be perturbed, or None for all"
+            "positions it means; expected the first dimensions of the embeddings. Give `mask=`, a function of the "
+            "batch that returns 0 where a position is not to be perturbed, or None for all (in SmartTrainer's "
+            "arguments, `smart_mask`: the name of an input, or 'none')"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a forward pass changes besides its output: generators, buffers, attributes; found, and put back for a repetition.
+"""What a forward pass changes besides its output, in generators, buffers and attributes, and how to begin it again.
 
 A pass is repeated from where it began, and afterwards all is as the first one left it. What is changed in place is
 not put back in place, as a graph may need it as it stands: the repetition works on copies of its own.
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 States = list[tuple[Callable[[Any], Any], Any]]
 """States of generators, each with what sets it."""
 
+_TorchGenerator = torch.Generator
 _MISSING = object()
 _OF_MODULES = frozenset(vars(nn.Module()))
 """The attributes that torch itself keeps in a module: parameters, hooks, training; `_buffers` is looked at apart."""
@@ -39,7 +40,7 @@ class Generators:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.devices = sorted({p.device for p in model.parameters()} - {torch.device("cpu")}, key=str)
+        self.devices = sorted({p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}, key=str)
         self._held = {id(v): v for m in model.modules() for v in vars(m).values() if _is_generator(v)}.values()
 
     def torch_states(self) -> States:
@@ -47,6 +48,8 @@ class Generators:
         states: States = [(torch.set_rng_state, torch.get_rng_state())]
         for device in self.devices:
             module = torch.get_device_module(device)
+            if getattr(module, "is_current_stream_capturing", bool)():
+                continue  # a graph that is captured has generators of its own
             states.append((functools.partial(_set_on, module, device), module.get_rng_state(device)))
         return states
 
@@ -71,7 +74,7 @@ def set_states(states: States) -> None:
 
 def _is_generator(value: Any) -> bool:
     numpy = sys.modules.get("numpy")
-    kinds = (torch.Generator, random.Random)
+    kinds = (_TorchGenerator, random.Random)
     return isinstance(value, kinds if numpy is None else (*kinds, numpy.random.Generator, numpy.random.RandomState))
 
 
@@ -107,12 +110,13 @@ class Attributes:
         self._tensors: list[tuple[dict[str, Any], str, Tensor, int, Tensor | None]] = []
         self._contents: dict[int, tuple[Any, Any]] = {}
         self._changes: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
+        self._originals: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
         for one in objects:
             own = vars(one)
             if isinstance(one, nn.Module):
                 if one._buffers:
                     self._keep(one._buffers, dict(one._buffers))
-                if type(one).__module__.startswith("torch.nn."):
+                if type(one) is not nn.Module and type(one).__module__.startswith("torch.nn."):
                     continue  # with no state but buffers
                 self._keep(own, {k: v for k, v in own.items() if k not in _OF_MODULES})
             else:
@@ -141,15 +145,18 @@ class Attributes:
 
     def find_changes(self) -> None:
         """What the pass has changed, for :meth:`repeated`: to be called when it ends."""
-        self._changes = []
+        self._changes, self._originals = [], []
         in_place = set()
         for place, name, tensor, old, copy in self._tensors:
-            if version(tensor) != old:
-                self._changing.add(id(tensor))
+            # what was copied may have been changed by a kernel that does not count, such as batch norm's
+            if version(tensor) != old or copy is not None:
+                if version(tensor) != old:
+                    self._changing.add(id(tensor))
                 in_place.add((id(place), name))
                 # what was not copied is repeated from where the pass left it; from the next step on it is copied
                 start = tensor.detach().clone() if copy is None else copy
                 self._changes.append((_copier(place, name, start), _setter(place, name, place.get(name, _MISSING))))
+                self._originals.append((place, name, tensor, start))
         for place, before, whole in self._values:
             for name in before.keys() | place.keys() if whole else before:
                 old, new = before.get(name, _MISSING), place.get(name, _MISSING)
@@ -171,9 +178,12 @@ class Attributes:
                 after()
 
     def undo(self) -> None:
-        """Be as before the pass."""
+        """Be as before the pass, the tensors the same ones."""
         for before, _ in self._changes:
             before()
+        for place, name, tensor, start in self._originals:
+            tensor.data.copy_(start)
+            place[name] = tensor
 
 
 def reachable(function: Callable[..., Any]) -> tuple[list[Any], list[tuple[dict[str, Any], list[str]]]]:
