@@ -36,7 +36,7 @@ class Divergence(ABC):
         """The divergence, a scalar, differentiable in both."""
 
     @abstractmethod
-    def count(self, logits: Logits) -> int | Tensor:
+    def count(self, logits: Logits) -> float | Tensor:
         """How much is counted in a batch with these logits."""
 
     def _mean(self, total: Tensor, logits: Logits) -> Tensor:
@@ -80,9 +80,11 @@ class SymmetricKL(Divergence):
         parts = [symmetric_kl(a, b, self._weight, "sum") for a, b in self._pairs(input, target)]
         return self._mean(torch.stack(parts).mean(), input)
 
-    def count(self, logits: Logits) -> int | Tensor:
-        """Rows, as far as they are counted."""
-        return logits[0].shape[:-1].numel() if self._weight is None else self._weight.sum()
+    def count(self, logits: Logits) -> float | Tensor:
+        """Rows, as far as they are counted; of several tensors their mean number."""
+        if self._weight is not None:
+            return self._weight.sum()
+        return sum(x.shape[:-1].numel() for x in logits) / len(logits)
 
     def cotangent(self, input: Logits, target: Logits) -> Logits:
         """The gradient with respect to `input`, by the kernel that writes that one alone."""
@@ -127,7 +129,7 @@ class SquaredError(Divergence):
         loss = torch.stack([x.square().mean() for x in self.cotangent(input, target)]).mean()
         return loss if self._num_items is None else self._mean(loss * self.count(input), input)
 
-    def count(self, logits: Logits) -> int | Tensor:
+    def count(self, logits: Logits) -> float | Tensor:
         """Samples."""
         return logits[0].size(0)
 
@@ -174,7 +176,7 @@ class Custom(Divergence):
             raise ValueError(f"divergence: the callable returned {got}, expected a scalar tensor")
         return loss if self._num_items is None else self._mean(_wide(loss) * self.count(input), input)
 
-    def count(self, logits: Logits) -> int | Tensor:
+    def count(self, logits: Logits) -> float | Tensor:
         """As of the divergence that the logits' shape stands for."""
         return self._like().count(logits)
 
@@ -199,6 +201,7 @@ def choose_divergence(
     batch: Any,
     model: nn.Module,
     num_items: float | Tensor | None = None,
+    calls: str | None = None,
 ) -> Divergence:
     """The divergence of a batch.
 
@@ -211,6 +214,8 @@ def choose_divergence(
         batch: the batch: its "labels" and "attention_mask" are looked at where it is a mapping.
         model: the model, asked whether it predicts the next token.
         num_items: as in :class:`Divergence`.
+        calls: where the logits are what several calls of the model gave, one tensor each, what they are called there;
+            None where they are what the user's function gave.
 
     Raises:
         ValueError: the logits and labels do not tell.
@@ -219,12 +224,17 @@ def choose_divergence(
         # A callable knows what real-valued labels of (B, C) mean: what is asked here does not depend on it.
         several = len(logits) == 1 and logits[0].dim() == 2 and logits[0].size(1) > 1
         kind = "symmetric_kl" if several else "auto"
-        return Custom(divergence, batch, lambda: choose_divergence(kind, logits, batch, model), num_items)
+        return Custom(divergence, batch, lambda: choose_divergence(kind, logits, batch, model, None, calls), num_items)
     shape = logits[0].shape
     labels, mask = (batch.get(key) if isinstance(batch, Mapping) else None for key in ("labels", "attention_mask"))
     if divergence == "squared_error":
         return SquaredError(num_items)
-    if len(logits) == 2:
+    if calls == "sentence_embedding" and divergence == "auto":
+        raise ValueError(
+            "divergence: got 'auto' with embeddings of sentences, which are no logits; expected 'squared_error' or a "
+            "callable"
+        )
+    if len(logits) == 2 and calls is None:
         return SymmetricKL(absent=None if mask is None or mask.shape != shape else mask == 0, num_items=num_items)
     if divergence == "auto":
         if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1):
@@ -234,13 +244,13 @@ def choose_divergence(
                 "divergence: got 'auto' with real-valued labels of the logits' shape, which may be numbers, "
                 "independent classes or probabilities; expected 'squared_error', 'symmetric_kl' or a callable"
             )
-        if len(shape) not in (2, 3) or len(logits) > 2:
+        if len(shape) not in (2, 3) or (len(logits) > 2 and calls is None):
             shapes = ", ".join(str(tuple(x.shape)) for x in logits)
             raise ValueError(
                 f"divergence: got 'auto' with logits of shape {shapes}, expected (B,), (B, C), (B, L, C) or two of "
                 "(B, L); for others, a callable"
             )
-    if len(shape) == 2:
+    if len(shape) == 2 or len(logits) > 1:
         return SymmetricKL(num_items=num_items)
     counted = _rows(mask, shape)
     counted = None if counted is None else counted > 0

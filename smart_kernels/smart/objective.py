@@ -73,9 +73,16 @@ class Smart:
         embedding: the module whose output is perturbed, or its name; by default the word embedding (see
             :func:`~smart_kernels.smart.embedding.find_embedding`).
         forward: how the model is run: ``(model, batch) -> (task loss, logits)``, or a pair (start, end) of logits for
-            spans. By default as Hugging Face models are: ``model(**batch)``, with labels in the batch.
+            spans, or None: then what the calls of the model in it gave is compared ("logits", or sentence-transformers'
+            "scores" and "sentence_embedding"). By default as Hugging Face models are: ``model(**batch)``, with labels
+            in the batch. It runs once a step: the extra passes repeat, of what it did, what the logits come from. Where
+            this cannot be followed (a function that torch does not see), it runs again on a copy of the batch, and
+            what it changed in the model, its own object and the variables it names is put back.
         mask: gives, for a batch, which positions are perturbed: 0 where not, shape (B, L) for embeddings (B, L, H), or
-            None for all. By default the batch's "attention_mask".
+            None for all; a tuple for several calls of the module. By default the "attention_mask" that the model's call
+            got, whatever its form (pairs of positions, additive, of a cache, of a speech model's samples of sound) as
+            far as it is certain which positions it means. In rows packed of several samples, told by "position_ids" or
+            "cu_seq_lens_q", a sample's norm is over its own positions.
 
     Attributes:
         config: the hyper-parameters.
@@ -88,7 +95,9 @@ class Smart:
 
     Raises:
         TypeError: an argument is of the wrong type, or the model wrapped by DataParallel or FullyShardedDataParallel.
-        ValueError: the embedding is not found, or the decay's switch needs the number of training steps.
+        ValueError: the embedding is not found, or the decay's switch needs the number of training steps. In a step:
+            parameters were exchanged, resized or unfrozen after this object was made, or a mask does not fit.
+        RuntimeError: in the first step: a term is not connected to what is trained (see :meth:`check`).
 
     Example:
         >>> import torch
@@ -178,13 +187,14 @@ class Smart:
         self._check_model()
         with passes.step():
             clean = passes.clean(batch, differentiable=config.adversary in AT_CLEAN)
-            divergence = self._divergence(clean, num_items)
             loss = clean.loss
             smoothness = proximal = loss.new_zeros(())
             deltas: Deltas | None = None
             checking = not self._checked and config.check and not self._alone
             if checking:
                 check_connected(clean)
+            if not self._alone:
+                divergence = self._divergence(clean, num_items)
             if self.teacher is not None:
                 proximal = divergence(clean.logits, passes.taught(self.teacher))
                 loss = loss + config.mu * proximal
@@ -252,7 +262,8 @@ class Smart:
     def _divergence(self, clean: CleanPass, num_items: float | Tensor | None) -> Divergence:
         num_items = _check_num_items(num_items, clean.logits[0])
         model = bare(self._passes.model)
-        return choose_divergence(self.config.divergence, clean.logits, clean.batch, model, num_items)
+        chosen = self.config.divergence, clean.logits, clean.batch, model, num_items, clean.called
+        return choose_divergence(*chosen)
 
     def _perturbed(
         self,
@@ -446,5 +457,5 @@ def _check_num_items(num_items: float | Tensor | None, logits: Tensor) -> float 
     return num_items
 
 
-def _public(x: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-    return x[0] if len(x) == 1 else x
+def _public(x: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...] | None:
+    return (x[0] if len(x) == 1 else x) if x else None

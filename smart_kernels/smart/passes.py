@@ -73,29 +73,29 @@ def output_logits(output: Any) -> Any:
     return _part(output, "logits")
 
 
-def called_logits(outputs: Sequence[Any]) -> tuple[Tensor, ...]:
+def called_logits(outputs: Sequence[Any]) -> tuple[str, Logits]:
     """What is compared where the user's function gives a loss alone: the logits in what each call of a model gave.
 
     Args:
         outputs: of the calls: tensors, or objects or mappings with "logits", or, as in sentence-transformers, with
             "scores" or "sentence_embedding".
 
+    Returns:
+        How they are called, and one tensor for each call.
+
     Raises:
         ValueError: none has any.
     """
-    found: list[Tensor] = []
-    for output in outputs:
-        named = (_part(output, name) for name in OUTPUT_NAMES)
-        first = output if isinstance(output, Tensor) else next((x for x in named if isinstance(x, Tensor)), None)
-        if isinstance(first, Tensor) and first.is_floating_point():
-            found.append(first)
-    if not found:
-        raise ValueError(
-            f"model: no call of it gave a tensor or one named {' or '.join(OUTPUT_NAMES)}, so nothing can be compared; "
-            "return the logits beside the loss, or give `forward`. (A fused loss, as Liger's, gives none in training: "
-            "switch it off.)"
-        )
-    return tuple(found)
+    for name in OUTPUT_NAMES:
+        found = [x if isinstance(x, Tensor) else _part(x, name) for x in outputs]
+        logits = tuple(x for x in found if isinstance(x, Tensor) and x.is_floating_point())
+        if logits:
+            return name, logits
+    raise ValueError(
+        f"model: no call of it gave a tensor or one named {' or '.join(OUTPUT_NAMES)}, so nothing can be compared; "
+        "return the logits beside the loss, or give `forward`. (A fused loss, as Liger's, gives none in training: "
+        "switch it off.)"
+    )
 
 
 OUTPUT_NAMES = ("logits", "scores", "sentence_embedding")
@@ -116,6 +116,7 @@ class CleanPass:
         batch: the batch as the pass found it.
         arguments: by call of the module, the named arguments of the model's call that it happened in.
         places: which of all calls of the module in the user's function these are.
+        called: where the logits are what calls of the model gave, how they are called there; else None.
         regraphed: whether the logits were computed once more, with a graph; the loss knows nothing of them then.
     """
 
@@ -126,6 +127,7 @@ class CleanPass:
     arguments: tuple[Mapping[str, Any], ...]
     places: Sequence[int] = ()
     regraphed: bool = False
+    called: str | None = None
 
     @property
     def points(self) -> tuple[Tensor, ...] | None:
@@ -296,7 +298,7 @@ class Passes:
         """
         if self._alone:
             loss, logits = self._forward(self.model, batch)
-            return CleanPass(loss, _as_logits(logits), (), batch, ())
+            return CleanPass(loss, () if logits is None else _as_logits(logits), (), batch, ())
         self._batch, _ = copied(batch)
         objects, dicts = reachable(self._forward)
         self._attributes = Attributes((*self._modules, *objects), dicts, self._changing)
@@ -317,7 +319,7 @@ class Passes:
             named for named, old in zip(self._parameters, versions, strict=True) if named[1]._version != old
         ]
         self._by_calls = logits is None
-        logits = called_logits(recording.outputs()) if logits is None else _as_logits(logits)
+        called, logits = called_logits(recording.outputs()) if logits is None else (None, _as_logits(logits))
         self._replay = recording.replay(logits, self._dropout != "independent")
         # where it is not known what the logits come from, any module of the model may have been called
         self._entries = None if self._replay is None else (self._entries or set()) | recording.called
@@ -336,7 +338,7 @@ class Passes:
             calls = () if hook is None else tuple(hook.calls)
             self.reduction.after(logits, late=(loss,))
         arguments = tuple({} if self._replay is None else self._replay.arguments(i) for i in places)
-        return CleanPass(loss, logits, calls, self._batch, arguments, places, self._regraphed)
+        return CleanPass(loss, logits, calls, self._batch, arguments, places, self._regraphed, called)
 
     def _without_graph(self, logits: Logits) -> bool:
         """Whether the logits were computed without a graph, as for a metric, where the loss has one."""
@@ -433,7 +435,7 @@ class Passes:
                 return loss, _as_logits(logits)
             with Recording(self._bare, self._modules, None, None) as recording:
                 loss, _ = self._forward(self._bare, batch)
-            return loss, called_logits(recording.outputs())
+            return loss, called_logits(recording.outputs())[1]
         finally:
             self.repeats = False
 
