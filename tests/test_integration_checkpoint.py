@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def trained(model: Any = None, **options: Any) -> Smart:
     """Two steps away from where it began."""
     model = model or Encoder()
-    smart = Smart(model, SmartConfig(epsilon=0.1, **options), 10)
+    smart = Smart(model, SmartConfig(epsilon=0.1, noise_std=0.1, **options), 10)
     for _ in range(2):
         smart(batch_for(model))
         with torch.no_grad():

@@ -5,11 +5,14 @@ It costs a few forward passes and waits for the device, once.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from smart_kernels.smart.config import Logits, SmartConfig
 from smart_kernels.smart.divergence import Divergence
+from smart_kernels.smart.embedding import mean_size, resolved_at
 from smart_kernels.smart.passes import CleanPass, Passes, detached
 from smart_kernels.smart.teacher import Teacher
 
@@ -72,23 +75,50 @@ def check_zero(
 
 
 def check_moves(
-    clean: CleanPass, divergence: Divergence, smoothness: Tensor, deltas: tuple[Tensor, ...] | None, unresolved: bool
+    clean: CleanPass,
+    divergence: Divergence,
+    smoothness: Tensor,
+    deltas: tuple[Tensor, ...] | None,
+    compute_dtype: torch.dtype,
+    told: bool,
 ) -> bool:
-    """Whether it is settled that the perturbation moves the logits; RuntimeError where it does not.
+    """Whether it is settled that the perturbation moves the logits.
 
     Not settled where nothing in the batch is counted, or all logits are the same, as of a head that begins at zero.
+    Where it moves nothing, as the model computes in too narrow a dtype, a warning says so; else it is a RuntimeError.
+
+    Args:
+        clean: the clean pass.
+        divergence: what counts.
+        smoothness: R_s at the perturbation.
+        deltas: the perturbation, None where there is none.
+        compute_dtype: what the layers behind the embeddings compute in.
+        told: whether a warning has said already that a dtype does not resolve the radius.
     """
-    if deltas is None or unresolved or not any(bool(d.any()) for d in deltas):
+    if deltas is None or not any(bool(d.any()) for d in deltas):
         return True  # what has no noise or no radius was warned of
     if float(smoothness.detach()) != 0:
         return True
     if not float(divergence.count(clean.logits)) or all(bool((x == x.flatten()[:1]).all()) for x in clean.logits):
         return False
-    sizes = ", ".join(f"{float(d.abs().max()):.3g}" for d in deltas)
+    moved = max(float(d.abs().max()) for d in deltas)
+    does = f"R_s is 0 with a perturbation of the embeddings of up to {moved:.3g}, so the smoothness term does nothing"
+    for call in clean.embeddings:
+        size = mean_size(call.output)
+        for dtype in (call.output.dtype, compute_dtype):
+            if size and moved < (resolution := resolved_at(size, dtype)):
+                if told:
+                    return True
+                warnings.warn(
+                    f"check: {does} in this step: {dtype} resolves {resolution:.1g} at the embeddings' mean size of "
+                    f"{size:.2g}. Raise epsilon (and noise_std, where the adversary starts from noise) above that, or "
+                    "compute in float32.",
+                    stacklevel=3,
+                )
+                return True
     raise RuntimeError(
-        f"check: R_s is 0 with a perturbation of the embeddings of up to {sizes}, so the smoothness term would do "
-        "nothing. Likely causes: the logits that are compared do not come from the perturbed module; the graph was "
-        "cut; a dtype too narrow for this epsilon or noise_std; logits so sure that every probability is 0 or 1"
+        f"check: {does}. Likely causes: the logits that are compared do not come from the perturbed module; the graph "
+        "was cut; logits so sure that every probability is 0 or 1"
     )
 
 

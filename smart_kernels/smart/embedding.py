@@ -253,6 +253,17 @@ def perturb(embeds: Tensor, delta: Tensor) -> Tensor:
     return (embeds + delta).to(embeds.dtype)
 
 
+def mean_size(embeds: Tensor) -> float:
+    """The mean absolute value; 0 where it is not finite. Reads one number from the device."""
+    size: float = embeds.detach().abs().float().mean().item()
+    return size if math.isfinite(size) else 0.0
+
+
+def resolved_at(size: float, dtype: torch.dtype) -> float:
+    """The distance of the numbers of a dtype at this size > 0."""
+    return 2.0 ** math.floor(math.log2(size)) * torch.finfo(dtype).eps
+
+
 def warn_if_unresolved(embeds: Tensor, epsilon: float, adversary: str, compute_dtype: torch.dtype) -> bool:
     """Warn, and tell, if a perturbation of `epsilon` is below what is resolved at the size of these embeddings.
 
@@ -261,15 +272,15 @@ def warn_if_unresolved(embeds: Tensor, epsilon: float, adversary: str, compute_d
 
     Reads one number from the device, so it is no part of an ordinary step.
     """
-    size = embeds.detach().abs().float().mean().item()
-    if not (epsilon and size and math.isfinite(size)):
+    size = mean_size(embeds)
+    if not (epsilon and size):
         return False
     lost = "most of the perturbation is lost. Keep the embeddings in float32, or raise epsilon."
     noise = (
         "the difference that adversary='power' follows is rounding noise. Use adversary='predicted', or raise epsilon."
     )
     for dtype, consequence in ((embeds.dtype, lost), (compute_dtype, noise)):
-        resolution = 2.0 ** math.floor(math.log2(size)) * torch.finfo(dtype).eps
+        resolution = resolved_at(size, dtype)
         if epsilon < resolution and (consequence is lost or adversary == "power"):
             warnings.warn(
                 f"epsilon = {epsilon:g} is below what {dtype} resolves at the embeddings' mean size of {size:.2g}, "

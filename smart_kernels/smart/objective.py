@@ -148,7 +148,7 @@ class Smart:
         self._updates = 0
         self._checked = False
         self._warned = False
-        self._unresolved = False
+        self._told = False  # of a radius that a dtype does not resolve
         self.steps = 0
         device = next((p.device for m in (module, model) if m is not None for p in m.parameters()), torch.device("cpu"))
         # Something added to the seed, lest the noise repeat what initialised the weights, or another process's.
@@ -204,7 +204,7 @@ class Smart:
                 loss = loss + config.lambda_s * smoothness
             if checking:
                 check_zero(passes, clean, divergence, config, self.teacher)
-                self._checked = check_moves(clean, divergence, smoothness, deltas, self._unresolved)
+                self._checked = check_moves(clean, divergence, smoothness, deltas, self._compute_dtype, self._told)
             passes.before_backward(loss)
         self.steps += 1
         perturbation = _public(deltas) if deltas else None
@@ -243,7 +243,7 @@ class Smart:
                 if clean.embeddings:
                     deltas, perturbed = self._perturbed(clean, divergence, None, None)
                     smoothness = divergence(detached(perturbed), detached(clean.logits))
-                    check_moves(clean, divergence, smoothness, deltas, self._unresolved)
+                    check_moves(clean, divergence, smoothness, deltas, self._compute_dtype, self._told)
                     report["smoothness"] = float(smoothness)
         finally:
             set_states(states)
@@ -258,6 +258,10 @@ class Smart:
     def repeats(self) -> bool:
         """Whether the user's function runs for an extra pass: what it logs then is to be dropped."""
         return self._passes.repeats
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return torch.float32 if self._passes.hook is None else self._passes.hook.compute_dtype
 
     def _divergence(self, clean: CleanPass, num_items: float | Tensor | None) -> Divergence:
         num_items = _check_num_items(num_items, clean.logits[0])
@@ -375,9 +379,7 @@ class Smart:
                     stacklevel=4,
                 )
             for call in calls if config.adversary != "random" else ():  # which knows no radius
-                self._unresolved |= warn_if_unresolved(
-                    call.output, config.epsilon, config.adversary, hook.compute_dtype
-                )
+                self._told |= warn_if_unresolved(call.output, config.epsilon, config.adversary, hook.compute_dtype)
         if initial is None:
             return tuple(
                 p.own(init_perturbation(p.ordered(c.output.detach()), config.noise_std, p.mask, generator))

@@ -315,9 +315,9 @@ class Passes:
         finally:
             self._after = self._generators.states()
         self._attributes.find_changes()
-        self._changed_parameters = [
-            named for named, old in zip(self._parameters, versions, strict=True) if named[1]._version != old
-        ]
+        pairs = zip(self._parameters, versions, strict=True)
+        # of shards, what is changed is the memory that they are gathered from
+        self._changed_parameters = [] if self._sharded else [n for n, old in pairs if n[1]._version != old]
         self._by_calls = logits is None
         called, logits = called_logits(recording.outputs()) if logits is None else (None, _as_logits(logits))
         self._replay = recording.replay(logits, self._dropout != "independent")

@@ -362,10 +362,11 @@ class Replay(nn.Module):
         """The logits.
 
         Args:
-            grad: with a graph, also where the clean pass made none.
+            grad: with a graph, also where the clean pass made none; never within torch.no_grad().
             values: by id of a parameter, what stands in its place.
         """
         made: dict[int, Any] = {}
+        wanted = torch.is_grad_enabled()
 
         def give(x: Any) -> Any:
             if isinstance(x, _Value):
@@ -380,7 +381,7 @@ class Replay(nn.Module):
         for node in self._nodes:
             if self._set and node.generators:
                 set_states(node.generators)
-            with node.surroundings.restored(self._tree.modules, node.surroundings.grad or grad):
+            with node.surroundings.restored(self._tree.modules, wanted and (node.surroundings.grad or grad)):
                 if node.function is _again:
                     output, _ = copied(node.arguments)
                 else:

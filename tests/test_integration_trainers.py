@@ -1,0 +1,163 @@
+"""SmartTrainer beside the trainers of other libraries: both inherited from, arguments likewise."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from smart_kernels.integrations.transformers import SmartTrainer, SmartTrainingArguments
+
+datasets = pytest.importorskip("datasets")
+tokenizers = pytest.importorskip("tokenizers")
+trl = pytest.importorskip("trl")
+cross_encoder = pytest.importorskip("sentence_transformers.cross_encoder")
+sentence = pytest.importorskip("sentence_transformers")
+losses = pytest.importorskip("sentence_transformers.losses")
+parts = pytest.importorskip("sentence_transformers.models")
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:embedding. the .* to perturb is called:UserWarning"),
+]
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 37, "vocab_size": 99}
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+LEFT = [" ".join(f"w{(7 * i + j) % 90 + 6}" for j in range(3 + i % 3)) for i in range(12)]
+RIGHT = [" ".join(f"w{(11 * i + j) % 90 + 6}" for j in range(2 + i % 4)) for i in range(12)]
+BALL = {"smart_epsilon": 0.1, "smart_noise_std": 0.1}
+
+
+def tokenizer() -> Any:
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(99)}, unk_token="w3")
+    made = tokenizers.Tokenizer(words)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {"unk_token": "w3", "pad_token": "w0", "eos_token": "w2", "bos_token": "w1", "cls_token": "w4"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, sep_token="w5", model_max_length=32, **special)
+
+
+def saved(kind: str, folder: Path) -> str:
+    torch.manual_seed(0)
+    getattr(transformers, kind)(transformers.BertConfig(**TINY, **STILL, num_labels=1)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def supervised(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**TINY, num_key_value_heads=2, pad_token_id=0)
+    data = datasets.Dataset.from_dict({"input_ids": [list(range(5, 5 + n)) for n in (8, 12, 9, 14, 7, 10, 11, 8)]})
+    return transformers.LlamaForCausalLM(config), {"train_dataset": data, "processing_class": tokenizer()}
+
+
+def reward(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    path = saved("BertForSequenceClassification", folder)
+    data = datasets.Dataset.from_dict({"chosen": LEFT, "rejected": RIGHT})
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(path)
+    return model, {"train_dataset": data, "processing_class": tokenizer()}
+
+
+def crossed(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    path = saved("BertForSequenceClassification", folder)
+    model = cross_encoder.CrossEncoder(path, device="cpu", num_labels=1)
+    labels = [float(i % 2) for i in range(12)]
+    data = datasets.Dataset.from_dict({"a": LEFT, "b": RIGHT, "label": labels})
+    return model, {"train_dataset": data, "loss": cross_encoder.losses.BinaryCrossEntropyLoss(model)}
+
+
+def embedded(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    word = parts.Transformer(saved("BertModel", folder))
+    pooling = parts.Pooling(word.get_word_embedding_dimension())
+    model = sentence.SentenceTransformer(modules=[word, pooling], device="cpu")
+    data = datasets.Dataset.from_dict({"a": LEFT, "b": RIGHT, "score": [i % 5 / 4 for i in range(12)]})
+    return model, {"train_dataset": data, "loss": losses.CoSENTLoss(model)}
+
+
+def of_trl(**options: Any) -> dict[str, Any]:
+    return {"bf16": False, "gradient_checkpointing": False, **options}
+
+
+KINDS: dict[str, tuple[Any, Any, Callable[[Path], Any], dict[str, Any], dict[str, Any]]] = {
+    "sft": (trl.SFTTrainer, trl.SFTConfig, supervised, of_trl(), {}),
+    "reward": (trl.RewardTrainer, trl.RewardConfig, reward, of_trl(), {}),
+    "cross encoder": (
+        cross_encoder.CrossEncoderTrainer, cross_encoder.CrossEncoderTrainingArguments, crossed, {}, {},
+    ),
+    "sentence": (
+        sentence.SentenceTransformerTrainer, sentence.SentenceTransformerTrainingArguments, embedded, {},
+        {"smart_divergence": "squared_error"},
+    ),
+}  # fmt: skip
+
+
+def train(kind: str, folder: Path, smart: dict[str, Any] | None, steps: int = 1) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The weights after steps of SGD without SMART or with, and what was logged."""
+    trainer_class, arguments_class, make, own, needed = KINDS[kind]
+    options = {
+        "per_device_train_batch_size": 4, "max_steps": steps, "logging_steps": 1, "report_to": [], "use_cpu": True,
+        "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-1, "optim": "sgd", "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    if smart is not None:
+        arguments_class = dataclasses.make_dataclass("Arguments", [], bases=(SmartTrainingArguments, arguments_class))
+        trainer_class = type("Trainer", (SmartTrainer, trainer_class), {})
+        options |= needed | smart
+    model, rest = make(folder)
+    torch.manual_seed(1)
+    trainer = trainer_class(model=model, args=arguments_class(str(folder), **options, **own), **rest)
+    trainer.train()
+    logs = [x for x in trainer.state.log_history if "loss" in x]
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).double(), logs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_terms_it_is_the_other_trainer_to_the_bit(kind: str, tmp_path: Path) -> None:
+    plain, logs = train(kind, tmp_path / "a", None, 3)
+    ours, ours_logged = train(kind, tmp_path / "b", {"smart_lambda_s": 0.0, "smart_mu": 0.0}, 3)
+    assert torch.equal(ours, plain)
+    assert [x["loss"] for x in ours_logged] == [x["loss"] for x in logs]
+
+
+@pytest.mark.parametrize("adversary", ["power", "predicted"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_smoothness_term_has_its_gradient_and_logs_count_once(kind: str, adversary: str, tmp_path: Path) -> None:
+    """A step of SGD moves the weights by lambda_s times one and the same gradient."""
+    plain, logs = train(kind, tmp_path / "plain", None)
+    moves = []
+    for weight in (1.0, 2.0):
+        options = {"smart_lambda_s": weight, "smart_mu": 0.0, "smart_adversary": adversary, **BALL}
+        weights, logged = train(kind, tmp_path / str(weight), options)
+        assert logged[0]["smoothness"] > 0
+        assert logged[0]["perturbation_linf"] == pytest.approx(0.1)
+        for name in logs[0].keys() & {"num_tokens", "mean_reward", "accuracy", "entropy", "mean_token_accuracy"}:
+            assert logged[0][name] == pytest.approx(logs[0][name], rel=1e-6), name
+        assert logged[0]["task_loss"] == pytest.approx(logs[0]["loss"], rel=1e-5)
+        moves.append(weights - plain)
+    assert moves[0].norm() > 1e-6 * plain.norm()
+    # weights of size 1 are rounded to 2^-24 after the step, and so is their difference
+    torch.testing.assert_close(moves[1], 2 * moves[0], rtol=1e-2, atol=4 * 2.0**-24 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_proximal_term_has_its_gradient(kind: str, tmp_path: Path) -> None:
+    """The first step's term is 0; from the second on it holds the weights back."""
+    ends = []
+    for weight in (0.0, 1e-2):
+        options = {"smart_lambda_s": 0.0, "smart_mu": weight, "smart_decay": 0.9}
+        weights, logged = train(kind, tmp_path / str(weight), options, 2)
+        ends.append(weights)
+    assert logged[0]["proximal"] == 0
+    assert logged[1]["proximal"] > 0
+    assert not torch.equal(*ends)
+
+
+def test_embeddings_of_sentences_need_a_divergence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="divergence: got 'auto' with embeddings of sentences"):
+        train("sentence", tmp_path, {"smart_divergence": "auto"})
