@@ -5,7 +5,7 @@ Whatever a pass changes in the model (hooks, modes, flags) is as it was when the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from smart_kernels.smart.embedding import EmbeddingCall, EmbeddingHook, perturb
 from smart_kernels.smart.masks import SharedMasks
 from smart_kernels.smart.parallel import Reduction, learns_static_graph, sharded_modules, without_reducer
 from smart_kernels.smart.recording import Recording, Replay
-from smart_kernels.smart.state import Attributes, Generators, States, reachable, set_states
+from smart_kernels.smart.state import Attributes, Generators, States, has_attributes, reachable, set_states
 from smart_kernels.smart.structure import copied
 from smart_kernels.smart.teacher import Teacher
 
@@ -190,7 +190,9 @@ class Passes:
         self._dropout = dropout
         self._generators = Generators(model)
         self._modules = list(self._bare.modules())
+        self._changeable = [m for m in self._modules if m._buffers or has_attributes(m)]
         self._parameters = [(name, p) for name, p in self._bare.named_parameters()]
+        self._ids = {id(p): p.device for _, p in self._parameters}
         self._taught = taught
         self._trainable = {id(p) for _, p in self._parameters if p.requires_grad}
         self._places = [
@@ -262,7 +264,7 @@ class Passes:
     def trial(self) -> Iterator[None]:
         """Around runs of the user's function, in evaluation mode, whose traces are put back when it ends."""
         objects, dicts = reachable(self._forward)
-        attributes, states = Attributes((*self._modules, *objects), dicts), self._generators.states()
+        attributes, states = Attributes((*self._changeable, *objects), dicts), self._generators.states()
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
         self.repeats = True
@@ -301,13 +303,13 @@ class Passes:
             return CleanPass(loss, () if logits is None else _as_logits(logits), (), batch, ())
         self._batch, _ = copied(batch)
         objects, dicts = reachable(self._forward)
-        self._attributes = Attributes((*self._modules, *objects), dicts, self._changing)
+        self._attributes = Attributes((*self._changeable, *objects), dicts, self._changing)
         versions = [p._version for _, p in self._parameters]
         # with "independent" masks, what a generator of torch's gives is no matter of ours
         self._before = self._generators.states()
         hook, apart = self.hook, not torch.is_grad_enabled() or self.compiled() or learns_static_graph(self.model)
         count = (lambda: 0) if hook is None else (lambda: len(hook.calls))
-        recording = Recording(self.model, self._modules, self._entries, self._generators, count)
+        recording = Recording(self.model, self._modules, self._ids, self._entries, self._generators, count)
         try:
             reading = nullcontext() if hook is None else hook.read(differentiable and not apart)
             with reading, self._sharing(), recording:
@@ -365,13 +367,17 @@ class Passes:
         loss takes the whole of the user's function.
         """
         # a compiled model would be compiled once more for weights that are frozen
-        frozen = torch.enable_grad() if self.compiled() else _weights_frozen(self.model)
+        frozen = torch.enable_grad() if self.compiled() else _weights_frozen(self._weights())
         with self._extra(), frozen:
             pairs = zip(clean.embeddings, deltas, strict=True)
             outputs = [perturb(c.output.detach(), d.requires_grad_()) for c, d in pairs]
             with self._replaced(clean, outputs, loss or self._replay is None):
                 result = self._whole() if loss else (None, self._run(grad=True))
             yield result
+
+    def _weights(self) -> Iterable[Tensor]:
+        """The parameters as the modules have them now: of a sharded model, shards or what was gathered of them."""
+        return self.model.parameters() if self._sharded else (p for _, p in self._parameters)
 
     def _replaced(self, clean: CleanPass, outputs: list[Tensor], whole: bool) -> AbstractContextManager[None]:
         """These outputs of the module to perturb, in the user's function or in what is repeated of it."""
@@ -433,7 +439,7 @@ class Passes:
             if not self._by_calls:
                 loss, logits = self._forward(self._bare, batch)
                 return loss, _as_logits(logits)
-            with Recording(self._bare, self._modules, None, None) as recording:
+            with Recording(self._bare, self._modules, self._ids, None, None) as recording:
                 loss, _ = self._forward(self._bare, batch)
             return loss, called_logits(recording.outputs())[1]
         finally:
@@ -486,9 +492,9 @@ def _nothing_saved() -> Iterator[None]:
 
 
 @contextmanager
-def _weights_frozen(model: nn.Module) -> Iterator[None]:
+def _weights_frozen(weights: Iterable[Tensor]) -> Iterator[None]:
     """No graph for the weights: nothing is kept for their gradients, and they are not computed."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in weights if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:

@@ -96,6 +96,7 @@ class Recording(TorchFunctionMode):
     Args:
         model: the model, wrapped or not.
         modules: of the model.
+        parameters: the model's, their devices by id.
         entries: the modules that are called from outside of the model, as far as they are known; None for any.
         generators: whose states are kept with each call.
         count: tells how often the module to perturb has been called.
@@ -105,6 +106,7 @@ class Recording(TorchFunctionMode):
         self,
         model: nn.Module,
         modules: Sequence[nn.Module],
+        parameters: Mapping[int, torch.device],
         entries: set[nn.Module] | None,
         generators: Generators | None,
         count: Callable[[], int] = lambda: 0,
@@ -115,13 +117,13 @@ class Recording(TorchFunctionMode):
         self._count = count
         self._modules = modules
         self._entries = entries
-        self._parameters = {id(p) for p in model.parameters()}
+        self._parameters = parameters
         self._numbers: Any = WeakTensorKeyDictionary()
         self._objects: dict[int, tuple[Any, int]] = {}  # by id: kept alive, so that ids stay unique
         self._next = 0
         self._depth = 0
         self._inner: tuple[nn.Module, _Node] | None = None
-        self._kinds = sorted({d.type for d in (torch.device("cpu"), *({p.device for p in model.parameters()}))})
+        self._kinds = sorted({"cpu", *(d.type for d in set(parameters.values()))})
         self.nodes: list[_Node] = []
         self.called: set[nn.Module] = set()
 

@@ -87,6 +87,11 @@ def _state(generator: Any) -> tuple[Callable[[Any], Any], Any]:
     return generator.set_state, generator.get_state()
 
 
+def has_attributes(module: nn.Module) -> bool:
+    """Whether a pass may change attributes of a module: torch's own ones have no state but buffers."""
+    return type(module) is nn.Module or not type(module).__module__.startswith("torch.nn.")
+
+
 class Attributes:
     """The attributes of some objects before a pass, and what of them the pass has changed.
 
@@ -106,7 +111,7 @@ class Attributes:
         changing: set[int] | None = None,
     ) -> None:
         self._changing = set() if changing is None else changing
-        self._values: list[tuple[dict[str, Any], dict[str, Any], bool]] = []
+        self._values: list[tuple[dict[str, Any], dict[str, Any], int]] = []
         self._tensors: list[tuple[dict[str, Any], str, Tensor, int, Tensor | None]] = []
         self._contents: dict[int, tuple[Any, Any]] = {}
         self._changes: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
@@ -116,8 +121,8 @@ class Attributes:
             if isinstance(one, nn.Module):
                 if one._buffers:
                     self._keep(one._buffers, dict(one._buffers))
-                if type(one) is not nn.Module and type(one).__module__.startswith("torch.nn."):
-                    continue  # with no state but buffers
+                if not has_attributes(one):
+                    continue
                 self._keep(own, {k: v for k, v in own.items() if k not in _OF_MODULES})
             else:
                 self._keep(own, dict(own))
@@ -125,7 +130,7 @@ class Attributes:
             self._keep(mapping, {name: mapping[name] for name in names if name in mapping}, whole=False)
 
     def _keep(self, place: dict[str, Any], values: dict[str, Any], whole: bool = True) -> None:
-        self._values.append((place, values, whole))
+        self._values.append((place, values, len(place) if whole else -1))
         for name, value in values.items():
             if isinstance(value, Tensor):
                 if type(value) is not nn.Parameter:
@@ -157,11 +162,14 @@ class Attributes:
                 start = tensor.detach().clone() if copy is None else copy
                 self._changes.append((_copier(place, name, start), _setter(place, name, place.get(name, _MISSING))))
                 self._originals.append((place, name, tensor, start))
-        for place, before, whole in self._values:
-            for name in before.keys() | place.keys() if whole else before:
-                old, new = before.get(name, _MISSING), place.get(name, _MISSING)
-                if old is not new and (id(place), name) not in in_place and name not in _OF_MODULES:
+        for place, before, size in self._values:
+            for name, old in before.items():
+                new = place.get(name, _MISSING)
+                if new is not old and (id(place), name) not in in_place:
                     self._changes.append((_setter(place, name, old), _setter(place, name, new)))
+            if size not in (-1, len(place)):
+                for name in place.keys() - before.keys() - _OF_MODULES:
+                    self._changes.append((_setter(place, name, _MISSING), _setter(place, name, place[name])))
         for container, before in self._contents.values():
             if not _same(container, before):
                 self._changes.append((_filler(container, before), _filler(container, container.copy())))
