@@ -161,3 +161,66 @@ def test_the_proximal_term_has_its_gradient(kind: str, tmp_path: Path) -> None:
 def test_embeddings_of_sentences_need_a_divergence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="divergence: got 'auto' with embeddings of sentences"):
         train("sentence", tmp_path, {"smart_divergence": "auto"})
+
+
+class Both(nn.Module):
+    """Classifies texts or their tokens, whichever the labels are of; its loss ignores how many items a step has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix = nn.Embedding(20, 8), nn.Linear(8, 8)
+        self.of_texts, self.of_tokens = nn.Linear(8, 3), nn.Linear(8, 5)
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **_: Any) -> dict[str, Tensor]:
+        x = torch.tanh(self.mix(self.words(input_ids)))
+        logits = self.of_texts(x.mean(1)) if labels.dim() == 1 else self.of_tokens(x)
+        loss = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+        return {"loss": loss, "logits": logits}
+
+
+class InTurn(torch.utils.data.IterableDataset[dict[str, Tensor]]):
+    """Batches of one kind, then of the other."""
+
+    def __iter__(self) -> Any:
+        g = torch.Generator().manual_seed(0)
+        while True:
+            for shape in ((), (6,)):
+                for _ in range(4):
+                    labels = torch.randint(3, shape, generator=g)
+                    if shape:
+                        labels[: int(torch.randint(4, (), generator=g))] = -100
+                    yield {"input_ids": torch.randint(20, (6,), generator=g), "labels": labels}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_batches_of_several_kinds_are_counted_each_in_its_way(order: tuple[int, int], tmp_path: Path) -> None:
+    """The logged terms of a step are the definition's, whichever kind was seen first."""
+    torch.manual_seed(0)
+    model = Both()
+
+    class Turned(InTurn):
+        def __iter__(self) -> Any:
+            items = super().__iter__()
+            both = [[next(items) for _ in range(4)] for _ in range(2)]
+            while True:
+                for i in order:
+                    yield from both[i]
+
+    arguments = SmartTrainingArguments(
+        str(tmp_path), per_device_train_batch_size=4, max_steps=4, logging_steps=1, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True, learning_rate=0.0, smart_mu=0.0, smart_adversary="random",
+        smart_noise_std=0.1, smart_epsilon=1.0,
+    )  # fmt: skip
+    trainer = SmartTrainer(model, arguments, train_dataset=Turned())
+    trainer.train()
+    logs = [x for x in trainer.state.log_history if "loss" in x]
+    items = Turned().__iter__()
+    smart = trainer.smart
+    assert smart is not None
+    for step, logged in enumerate(logs):
+        rows = [next(items) for _ in range(4)]
+        batch = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
+        out = smart({**batch, "num_items_in_batch": None})
+        assert logged["task_loss"] == pytest.approx(float(out.task_loss), rel=1e-5), step
+        # other noise of the same size: a sum over tokens that was divided by samples would be off by a factor of 4
+        assert logged["smoothness"] == pytest.approx(float(out.smoothness), rel=0.7), step

@@ -110,8 +110,11 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
     finite gradient. Checkpoints get "smart.safetensors". One that is not complete, since the process was killed, is no
     candidate for ``train(resume_from_checkpoint=True)``, and an error if it is named.
 
-    For evaluation by generation, inherit from both: ``class SmartSeq2SeqTrainer(SmartTrainer, Seq2SeqTrainer)``, with
-    arguments of a dataclass that inherits from SmartTrainingArguments and Seq2SeqTrainingArguments.
+    Beside another trainer, inherit from both, this class first: ``class T(SmartTrainer, SFTTrainer)``, with arguments
+    of a dataclass that inherits from SmartTrainingArguments and SFTConfig; likewise for Seq2SeqTrainer, TRL's
+    RewardTrainer and sentence-transformers' trainers. Where that trainer gives no logits, what its calls of the model
+    gave is compared; where it computes them for its metrics alone, they are computed once more, with a graph. For
+    embeddings of sentences, `smart_divergence` has to be "squared_error", or `divergence` a callable.
 
     Args:
         model: as in Trainer.
