@@ -316,7 +316,7 @@ def geometry(code: Code, read: int) -> tuple[int, int, int]:
     if code.kernel == "_init_kernel":
         return 4 * known["BLOCK"], 1, 1
     if "BLOCK" in known:
-        return known.get("UNITS", 1) * known["BLOCK"], known.get("n_tiles", 1), known.get("n_tiles", 1)
+        return known.get("UNITS", 1) * known["BLOCK"], known.get("N_TILES", 1), known.get("N_TILES", 1)
     (loop,) = code.loops
     tile = bytes_of(code, loop, "loads") * code.threads // read
     return tile, -(-_chunks.CHUNK // tile), -(-_chunks.CHUNK // tile)
