@@ -177,7 +177,7 @@ def test_elements_beyond_two_to_the_31(tmp_path: Path) -> None:
     assert table[2, -1] + table[3, -1] == size
     last = table[:, -3:].contiguous()
     assert last[3].sum() > 10_001
-    torch.ops.smart_kernels.ema_update_chunks(last, 0.9, None, None)
+    torch.ops.smart_kernels.ema_update_chunks(last, 0, 0.9, None, None)
     truth.check(e[tail])
 
 
@@ -329,7 +329,7 @@ def test_a_table_is_made_once_and_again_when_a_tensor_moves() -> None:
     shadows, parameters = map(list, zip(*(pair(n, torch.float32, torch.float32) for n in (100, 7)), strict=True))
 
     def table() -> torch.Tensor:
-        return _chunks.chunk_table(shadows, parameters, lambda *lists: None)
+        return _chunks.chunk_table(shadows, parameters, lambda *lists: None)[0]
 
     first = table()
     for _ in range(2 * 8):
@@ -416,7 +416,7 @@ def test_the_operator_reads_no_wrong_numbers() -> None:
         with pytest.raises(RuntimeError, match="expected seed to be one number"):
             update([e], [p], 0.9, None, seed)
     with pytest.raises(RuntimeError, match="expected a table"):
-        torch.ops.smart_kernels.ema_update_chunks(torch.zeros(3, 5, dtype=torch.int64), 0.9, None, None)
+        torch.ops.smart_kernels.ema_update_chunks(torch.zeros(3, 5, dtype=torch.int64), 0, 0.9, None, None)
     assert torch.equal(e, before)
 
 

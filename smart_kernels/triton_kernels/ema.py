@@ -11,13 +11,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import is_hip
 
 from smart_kernels.triton_kernels import tiles
 from smart_kernels.triton_kernels.scalars import as_number, bits
 
-# As ops/_chunks.py makes the table
-_FLOAT32, _BFLOAT16, _FLOAT16 = (tl.constexpr(i) for i in range(3))
-_CHUNK, _NOISE_GROUP = tl.constexpr(8192), tl.constexpr(64)
+_CHUNK, _NOISE_GROUP = tl.constexpr(8192), tl.constexpr(64)  # as ops/_chunks.py makes the table; so the dtypes
 
 
 @triton.jit
@@ -67,17 +66,19 @@ def _rounded_stochastically(x, random, E: tl.constexpr):
 
 @triton.jit
 def _update(
-    e_ptr, p_ptr, e_stride, p_stride, begin, end, start, decay, seed_ptr, DENSE: tl.constexpr, BLOCK: tl.constexpr
+    e_ptr, p_ptr, e_stride, p_stride, begin, end, start, decay, seed_ptr, DENSE: tl.constexpr, LANES: tl.constexpr
 ):
     """The elements from `begin` to `end` of a chunk of shadows; DENSE ones have strides of 1."""
     E: tl.constexpr = e_ptr.dtype.element_ty
+    NARROW: tl.constexpr = E.primitive_bitwidth == 16
     COMPUTE: tl.constexpr = tl.float64 if E == tl.float64 else tl.float32
-    STOCHASTIC: tl.constexpr = seed_ptr is not None and E.primitive_bitwidth == 16
+    STOCHASTIC: tl.constexpr = seed_ptr is not None and NARROW
     # Of 64 elements in a row, the four words of counter 16 i + j are those of j + (0, 16, 32, 48).
     WORDS: tl.constexpr = 4 if STOCHASTIC else 1
+    BLOCK: tl.constexpr = LANES * WORDS
+    lane = tl.arange(0, LANES)
     for first in range(0, _CHUNK, BLOCK):
         if (first < end) & (first + BLOCK > begin):
-            lane = tl.arange(0, BLOCK // WORDS)
             place = first + (lane // 16 * _NOISE_GROUP + lane % 16 if STOCHASTIC else lane)
             random = (lane, lane, lane, lane)
             if STOCHASTIC:
@@ -89,7 +90,7 @@ def _update(
                 mask = (i >= begin) & (i < end)
                 e_place, p_place = e_ptr + (i if DENSE else i * e_stride), p_ptr + (i if DENSE else i * p_stride)
                 e, p = tl.load(e_place, mask=mask), tl.load(p_place, mask=mask)
-                moved = _moved(e.to(COMPUTE), p.to(COMPUTE), decay, E.primitive_bitwidth == 16)
+                moved = _moved(e.to(COMPUTE), p.to(COMPUTE), decay, NARROW)
                 result = _rounded_stochastically(moved, random[word], E) if STOCHASTIC else moved.to(E)
                 if E == p_ptr.dtype.element_ty:
                     result = tl.where(decay == 0, p, result)  # to the bit, NaNs too
@@ -99,7 +100,7 @@ def _update(
 @triton.jit
 def _update_chunk(
     e_address, p_address, e_stride, p_stride, count, start, decay, seed_ptr,
-    E: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    E: tl.constexpr, P: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A chunk of E that moves towards one of P."""
     e_ptr, p_ptr = e_address.to(tl.pointer_type(E)), p_address.to(tl.pointer_type(P))
@@ -107,23 +108,17 @@ def _update_chunk(
     # access. The others go one by one.
     wide = tl.where(((e_address | p_address) % 16 == 0) & (e_stride == 1) & (p_stride == 1), count // 16 * 16, 0)
     if wide > 0:
-        e_wide, p_wide, wide = tl.multiple_of(e_ptr, 16), tl.multiple_of(p_ptr, 16), tl.multiple_of(wide, 16)
-        _update(e_wide, p_wide, 1, 1, 0, wide, start, decay, seed_ptr, True, BLOCK)
+        WIDER: tl.constexpr = max(E.primitive_bitwidth, P.primitive_bitwidth)
+        e_wide, p_wide, end = tl.multiple_of(e_ptr, 16), tl.multiple_of(p_ptr, 16), tl.multiple_of(wide, 16)
+        EACH: tl.constexpr = LANES * 32 // WIDER * (2 if is_hip() else 1)  # whose warps have twice the threads
+        _update(e_wide, p_wide, 1, 1, 0, end, start, decay, seed_ptr, True, EACH)
     if wide < count:
-        _update(e_ptr, p_ptr, e_stride, p_stride, wide, count, start, decay, seed_ptr, False, BLOCK // 4)
+        _update(e_ptr, p_ptr, e_stride, p_stride, wide, count, start, decay, seed_ptr, False, LANES // 2)
 
 
-@triton.jit
-def _update_from(
-    e_address, p_address, e_stride, p_stride, count, start, decay, seed_ptr, p_dtype,
-    E: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    if p_dtype == _FLOAT32:
-        _update_chunk(e_address, p_address, e_stride, p_stride, count, start, decay, seed_ptr, E, tl.float32, BLOCK)
-    elif p_dtype == _BFLOAT16:
-        _update_chunk(e_address, p_address, e_stride, p_stride, count, start, decay, seed_ptr, E, tl.bfloat16, BLOCK)
-    else:
-        _update_chunk(e_address, p_address, e_stride, p_stride, count, start, decay, seed_ptr, E, tl.float16, BLOCK)
+@triton.constexpr_function
+def _dtype(i: int) -> tl.dtype:
+    return (tl.float32, tl.bfloat16, tl.float16, tl.float64)[i]
 
 
 @triton.jit(do_not_specialize=["n_chunks", "decay_bits"])
@@ -134,9 +129,10 @@ def _ema_kernel(
     decay_bits,
     decay_ptr,  # float32 or float64, or None for decay_bits
     seed_ptr,  # int64, or None for rounding to nearest
-    BLOCK: tl.constexpr,
+    DTYPES: tl.constexpr,  # bit i is set if chunks have number i for their dtypes
+    LANES: tl.constexpr,
 ):
-    """A program for each chunk."""
+    """A program for each chunk. It takes LANES elements of 4 bytes at a time, 16 bytes for each thread."""
     decay = as_number(decay_bits) if decay_ptr is None else tl.load(decay_ptr).to(tl.float64)
     if decay != 1:  # then e stays, whatever p holds
         chunk, n = tl.program_id(0).to(tl.int64), tl.cast(n_chunks, tl.int64)
@@ -144,19 +140,27 @@ def _ema_kernel(
         start, count = tl.load(table_ptr + 2 * n + chunk), tl.load(table_ptr + 3 * n + chunk).to(tl.int32)
         dtypes = tl.load(table_ptr + 4 * n + chunk)
         e_stride, p_stride = tl.load(table_ptr + 5 * n + chunk), tl.load(table_ptr + 6 * n + chunk)
-        e_dtype, p_dtype = dtypes % 4, dtypes // 4
-        if e_dtype == _FLOAT32:
-            _update_from(e, p, e_stride, p_stride, count, start, decay, seed_ptr, p_dtype, tl.float32, BLOCK)
-        elif e_dtype == _BFLOAT16:
-            _update_from(e, p, e_stride, p_stride, count, start, decay, seed_ptr, p_dtype, tl.bfloat16, BLOCK)
-        elif e_dtype == _FLOAT16:
-            _update_from(e, p, e_stride, p_stride, count, start, decay, seed_ptr, p_dtype, tl.float16, BLOCK)
-        else:
-            _update_chunk(e, p, e_stride, p_stride, count, start, decay, seed_ptr, tl.float64, tl.float64, BLOCK)
+        for i in tl.static_range(16):
+            if DTYPES >> i & 1:
+                if dtypes == i:
+                    _update_chunk(
+                        e, p, e_stride, p_stride, count, start, decay, seed_ptr, _dtype(i % 4), _dtype(i // 4), LANES
+                    )
 
 
-def ema_update_chunks(table: Tensor, decay: float, decay_tensor: Tensor | None, seed: Tensor | None) -> None:
+def ema_update_chunks(
+    table: Tensor, dtypes: int, decay: float, decay_tensor: Tensor | None, seed: Tensor | None
+) -> None:
     """The op `smart_kernels::ema_update_chunks` on a GPU that no CUDA kernel was compiled for."""
+    for name, x, expected in (
+        ("decay_tensor", decay_tensor, (torch.float32, torch.float64)),
+        ("seed", seed, (torch.int64,)),
+    ):
+        if x is not None and (x.numel() != 1 or x.dtype not in expected or x.device != table.device):
+            raise ValueError(
+                f"ema_update_: got {name} of shape {tuple(x.shape)} and {x.dtype} on {x.device}, expected one number "
+                f"in {' or '.join(map(str, expected))} on {table.device}, as the shadows"
+            )
     n_chunks = table.size(1)
     if n_chunks == 0:
         return
@@ -169,7 +173,8 @@ def ema_update_chunks(table: Tensor, decay: float, decay_tensor: Tensor | None, 
             bits(decay),
             decay_tensor,
             seed,
-            BLOCK=tile.columns,
+            DTYPES=dtypes,
+            LANES=tile.columns,
             num_warps=tile.warps,
             enable_fp_fusion=False,  # the formula says where a product and a sum are rounded once
         )

@@ -135,14 +135,24 @@ def _tile(
     size = tl.cast(unit_rows, tl.int64) * N_COLS
     place = unit * size + start + within
     there = live & (start + within < size)
-    row, col = unit * unit_rows + start // N_COLS, (start % N_COLS).to(tl.int32) + within
+    row, col = unit * unit_rows + start // N_COLS, (start % N_COLS).to(tl.int32)
     counts = there
-    if not ONE_ROW:
-        # ALIGN divides N_COLS and every start: from this the compiler sees how wide it may access.
-        col = tl.multiple_of((start % N_COLS).to(tl.int32), ALIGN) + within
-        row, col, live = row + col // N_COLS, col % N_COLS, there
-    if mask_ptr is not None:
-        counts &= tl.max_constancy(tl.load(mask_ptr + row, mask=live, other=0) != 0, (1, 1 if ONE_ROW else ALIGN))
+    if ONE_ROW:
+        if mask_ptr is not None:
+            counts &= tl.load(mask_ptr + row, mask=live, other=0) != 0
+        col += within
+    else:
+        col = tl.multiple_of(col, ALIGN)  # as ALIGN divides N_COLS and every start
+        if mask_ptr is not None:
+            # ALIGN elements in a row share their number of the mask, which is read once for all of them.
+            UNITS: tl.constexpr = unit.shape[0]
+            GROUPS: tl.constexpr = BLOCK // ALIGN
+            group = ALIGN * tl.arange(0, GROUPS)[None, :]
+            kept = tl.load(mask_ptr + row + (col + group) // N_COLS, mask=live & (start + group < size), other=0) != 0
+            kept = tl.reshape(tl.broadcast_to(kept[:, :, None], (UNITS, GROUPS, ALIGN)), (UNITS, BLOCK))
+            counts &= tl.max_constancy(kept, (1, ALIGN))
+        col += within
+        row, col = row + col // N_COLS, col % N_COLS
     grad_place = place
     if STRIDED:
         sample, row = row // sample_rows, row % sample_rows
