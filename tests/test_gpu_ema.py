@@ -25,7 +25,7 @@ pytest.importorskip("triton")
 from gpu_evidence import executed, nvcc, ptxrun
 
 import smart_kernels
-from gpu_code import TARGETS, ahead_of_time, ahead_of_time_cuda
+from gpu_code import ahead_of_time_cuda
 from smart_kernels.ops import _chunks
 from smart_kernels.triton_kernels import ema as triton_kernel
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 pytest.importorskip("accelerate")
-pl = pytest.importorskip("lightning.pytorch")
+pytest.importorskip("lightning")
+import lightning.pytorch as pl
 from hf_tasks import NO_DROPOUT, TASKS
 
 from smart_kernels import Smart, SmartConfig

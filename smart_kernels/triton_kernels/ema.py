@@ -21,7 +21,7 @@ _CHUNK, _NOISE_GROUP = tl.constexpr(8192), tl.constexpr(64)  # as ops/_chunks.py
 
 @triton.jit
 def _moved(e, p, decay, NARROW: tl.constexpr):
-    """e + (1 - decay)(p - e) in the dtype of e and p, by the operations of csrc/ema_formula.h in their order."""
+    """Each e + (1 - decay)(p - e) in the dtype of e and p, by the operations of csrc/ema_formula.h in their order."""
     weight = 1 - decay
     if e.dtype == tl.float64:
         high, low, weight_high, weight_low = decay, decay * 0, weight, (1 - weight) - decay
@@ -47,9 +47,9 @@ def _moved(e, p, decay, NARROW: tl.constexpr):
 @triton.jit
 def _rounded_stochastically(x, random, E: tl.constexpr):
     """A float32 in bfloat16 or float16, up or down with the probabilities that make the mean x."""
-    dropped: tl.constexpr = 16 if E == tl.bfloat16 else 13
-    smallest: tl.constexpr = 1 if E == tl.bfloat16 else 113  # exponent of a normal number, as a float32's is stored
-    largest: tl.constexpr = 0x7F7F0000 if E == tl.bfloat16 else 0x477FE000
+    dropped: tl.constexpr = 16 if E.is_bf16() else 13
+    smallest: tl.constexpr = 1 if E.is_bf16() else 113  # exponent of a normal number, as a float32's is stored
+    largest: tl.constexpr = 0x7F7F0000 if E.is_bf16() else 0x477FE000
     magnitude = x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
     exponent = tl.maximum(magnitude >> 23, 1)
     mantissa = tl.where(magnitude >> 23 > 0, (magnitude & 0x7FFFFF) | 0x800000, magnitude)
@@ -71,7 +71,7 @@ def _update(
     """The elements from `begin` to `end` of a chunk of shadows; DENSE ones have strides of 1."""
     E: tl.constexpr = e_ptr.dtype.element_ty
     NARROW: tl.constexpr = E.primitive_bitwidth == 16
-    COMPUTE: tl.constexpr = tl.float64 if E == tl.float64 else tl.float32
+    COMPUTE: tl.constexpr = tl.float64 if E.is_fp64() else tl.float32
     STOCHASTIC: tl.constexpr = seed_ptr is not None and NARROW
     # Of 64 elements in a row, the four words of counter 16 i + j are those of j + (0, 16, 32, 48).
     WORDS: tl.constexpr = 4 if STOCHASTIC else 1
@@ -92,7 +92,7 @@ def _update(
                 e, p = tl.load(e_place, mask=mask), tl.load(p_place, mask=mask)
                 moved = _moved(e.to(COMPUTE), p.to(COMPUTE), decay, NARROW)
                 result = _rounded_stochastically(moved, random[word], E) if STOCHASTIC else moved.to(E)
-                if E == p_ptr.dtype.element_ty:
+                if e.dtype == p.dtype:
                     result = tl.where(decay == 0, p, result)  # to the bit, NaNs too
                 tl.store(e_place, result, mask=mask)
 
@@ -141,7 +141,7 @@ def _ema_kernel(
         dtypes = tl.load(table_ptr + 4 * n + chunk)
         e_stride, p_stride = tl.load(table_ptr + 5 * n + chunk), tl.load(table_ptr + 6 * n + chunk)
         for i in tl.static_range(16):
-            if DTYPES >> i & 1:
+            if DTYPES >> i & 1:  # noqa: SIM102 - known when compiled, the other is not
                 if dtypes == i:
                     _update_chunk(
                         e, p, e_stride, p_stride, count, start, decay, seed_ptr, _dtype(i % 4), _dtype(i // 4), LANES
