@@ -131,7 +131,8 @@ def ahead_of_time(target: str, launcher: Callable[..., Any], *args: Any) -> list
         read = _read_amd if target.startswith("gfx") else _read_nvidia
         registers, spills, opcodes, loops = read(kernel.asm)
         known = kernel.metadata
-        scratch = known.global_scratch_size + known.profile_scratch_size
+        # what a target has none of, some releases of Triton leave out
+        scratch = sum(getattr(known, f"{kind}_scratch_size", 0) for kind in ("global", "profile"))
         size = (known.shared, scratch, known.num_warps * TARGETS[target].warp_size)
         found.append(Code(known.name, target, registers, spills, *size, opcodes, loops, grid[0], constants))
 

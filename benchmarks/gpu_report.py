@@ -316,7 +316,7 @@ def geometry(code: Code, read: int) -> tuple[int, int, int]:
     if code.kernel == "_init_kernel":
         return 4 * known["BLOCK"], 1, 1
     if "BLOCK" in known:
-        return known.get("UNITS", 1) * known["BLOCK"], known.get("n_tiles", 1), known.get("n_tiles", 1)
+        return known.get("UNITS", 1) * known["BLOCK"], known.get("N_TILES", 1), known.get("N_TILES", 1)
     (loop,) = code.loops
     tile = bytes_of(code, loop, "loads") * code.threads // read
     return tile, -(-_chunks.CHUNK // tile), -(-_chunks.CHUNK // tile)
@@ -340,8 +340,8 @@ def predict(work: Work, target: str) -> list[Row]:
         tile, rounds, looped = geometry(code, read)
         executed = code.executed(max(1, looped), tile * read)
         tiles_read, tiles_written = (
-            bytes_of(code, executed, accesses) * code.threads // (tile * each) if each else 0
-            for accesses, each in (("loads", read), ("stores", written))
+            (bytes_of(code, executed, accesses) - known) * code.threads // (tile * each) if each else 0
+            for accesses, each, known in (("loads", read, splits_read(code)), ("stores", written, 0))
         )
         reads = tiles_read // rounds if looped == rounds else tiles_read / rounds  # those in registers are read once
         writes = tiles_written // rounds
@@ -372,6 +372,11 @@ def predict(work: Work, target: str) -> list[Row]:
             )
         )  # fmt: skip
     return rows
+
+
+def splits_read(code: Code) -> int:
+    """Bytes that a thread of `_apply_kernel` reads beside the tensors: what one of the splits tells of its unit."""
+    return (4 + 3 * 8 * code.constants["L2"]) if code.kernel == "_apply_kernel" else 0
 
 
 def bytes_of(code: Code, executed: Counter[str], accesses: str) -> int:

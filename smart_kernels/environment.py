@@ -31,7 +31,7 @@ def kernels() -> dict[str, dict[str, str]]:
     return {
         op: {
             "cpu": served(op, "CPU", "C++"),
-            "cuda": served(op, "CUDA", {"triton": "Triton", "cuda": "CUDA"}[gpu]),
+            "cuda": served(op, "CUDA", gpu),
             "other": "eager",
         }
         for op, gpu in OPS.items()

@@ -13,7 +13,7 @@ import importlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -49,12 +49,15 @@ def ptxrun() -> ModuleType:
 
 
 @contextmanager
-def executed(tool: ModuleType, arch: int = 90, **options: Any) -> Iterator[list[Any]]:
+def executed(
+    tool: ModuleType, arch: int = 90, replaced: Mapping[str, Any] | None = None, **options: Any
+) -> Iterator[list[Any]]:
     """Inside, a launch with CPU tensors executes the kernel's PTX on the CPU, with every access checked.
 
     Args:
         tool: what `ptxrun` returned.
         arch: compute capability that the PTX is compiled for, times ten.
+        replaced: arguments by name, in place of what the launcher passes.
         **options: ptxrun's own: `racecheck`, `approx_ulp`, `order`, `seed`.
 
     Yields:
@@ -66,6 +69,7 @@ def executed(tool: ModuleType, arch: int = 90, **options: Any) -> Iterator[list[
         names = set(self.arg_names)
         bound = self.signature.bind(*args, **{name: value for name, value in kwargs.items() if name in names})
         bound.apply_defaults()
+        bound.arguments.update(replaced or {})
         settings = {name: value for name, value in kwargs.items() if name not in names}
         constants = {p.name: bound.arguments[p.name] for p in self.params if p.is_constexpr}
         passed = {name: value for name, value in bound.arguments.items() if name not in constants}

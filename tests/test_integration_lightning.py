@@ -6,14 +6,16 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import lightning.pytorch as pl
 import pytest
 import readme
 import torch
-from hf_tasks import NO_DROPOUT, TASKS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+pytest.importorskip("accelerate")
+pytest.importorskip("lightning")
+import lightning.pytorch as pl
+from hf_tasks import NO_DROPOUT, TASKS
 
 from smart_kernels import Smart, SmartConfig
 from smart_kernels.integrations.lightning import SmartCallback
@@ -237,6 +239,8 @@ def test_lightning_readme_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_accelerate_readme_block_runs(steps: int) -> None:
+    import accelerate
+
     model = TASKS["bert"].build().train()
     before = [p.detach().clone() for p in model.parameters()]
     names: dict[str, Any] = {

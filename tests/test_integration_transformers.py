@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import readme
 import torch
-import transformers
-from hf_tasks import NO_DROPOUT, SIZES, TASKS, trainer_for
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+pytest.importorskip("accelerate")
+import transformers
+from hf_tasks import NO_DROPOUT, SIZES, TASKS, trainer_for
 
 import smart_kernels
 from smart_kernels import SmartConfig
@@ -277,6 +278,7 @@ def test_a_step_that_a_gradient_scaler_skips_moves_no_teacher(tmp_path: Path, mo
 
 
 def test_lora_has_shadows_of_its_adapters_alone(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
     options = {"save_strategy": "steps", "save_steps": 2, **BALL}
     runs = [

@@ -119,7 +119,7 @@ Tensor empty_large(const int64_t* sizes, const int64_t* strides, int64_t dim, Sc
   };
   constexpr int32_t kNoIndex = -1;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(
       block->mutable_data_ptr(), dim, sizes, strides, 0, dtype_code(dtype), aoti_torch_device_type_cpu(), kNoIndex,
       &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, block));
   return Tensor(handle);

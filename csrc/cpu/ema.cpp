@@ -15,7 +15,8 @@ namespace {
 constexpr int64_t kGrain = 32768;  // elements that are worth a thread of their own
 
 void ema_update_chunks(
-    const Tensor& table, double decay, const std::optional<Tensor>& decay_tensor, const std::optional<Tensor>& seed) {
+    const Tensor& table, int64_t, double decay, const std::optional<Tensor>& decay_tensor,
+    const std::optional<Tensor>& seed) {
   check_arguments(table, decay_tensor, seed);
   const int64_t n = table.size(1);
   if (n == 0) return;

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <limits>
 
@@ -15,7 +16,8 @@ namespace smart_kernels {
 namespace {
 
 void ema_update_chunks(
-    const Tensor& table, double decay, const std::optional<Tensor>& decay_tensor, const std::optional<Tensor>& seed) {
+    const Tensor& table, int64_t, double decay, const std::optional<Tensor>& decay_tensor,
+    const std::optional<Tensor>& seed) {
   check_arguments(table, decay_tensor, seed);
   const int64_t n = table.size(1);
   if (n == 0) return;
@@ -26,7 +28,7 @@ void ema_update_chunks(
   const int32_t device = table.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const auto kernel = seed ? ema_update_kernel<true> : ema_update_kernel<false>;
   kernel<<<static_cast<unsigned>(n), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       chunks, decay, decay_tensor ? decay_tensor->const_data_ptr() : nullptr,

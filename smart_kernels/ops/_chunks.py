@@ -29,8 +29,8 @@ _captured: list[Tensor] = []  # a CUDA graph reads its table at every replay
 
 def chunk_table(
     written: list[Tensor], read: list[Tensor], check: Callable[[list[Tensor], list[Tensor]], None]
-) -> Tensor:
-    """The table for pairs of tensors where they lie now, on their device.
+) -> tuple[Tensor, int]:
+    """The table for pairs of tensors where they lie now, on their device, and the dtypes that occur in it.
 
     Args:
         written: tensors that the kernel changes, all on one device.
@@ -40,7 +40,8 @@ def chunk_table(
     Returns:
         int64, a column for each chunk. The rows: address in the tensor written and in the one read; number of
         elements before the chunk, as if all before were multiples of `NOISE_GROUP` long, and in it; the dtypes,
-        the one read times four; the two strides, in elements.
+        the one read times four; the two strides, in elements. And a number whose bit i is set if i occurs among
+        the dtypes, for kernels that are compiled for no others.
 
     Raises:
         ValueError: a tensor written shares memory with another tensor or within itself.
@@ -59,12 +60,17 @@ def chunk_table(
         chunks = make_table(written, read).to(device)
         if device.type == "cuda" and len(_tables) == _KEPT:
             torch.cuda.synchronize(device)  # a kernel on another stream may still read the table that goes
-        found = _Table(_Description.of(written), _Description.of(read), chunks)
+        found = _Table(_Description.of(written), _Description.of(read), chunks, _dtypes(written, read))
     if found is not (_tables[0] if _tables else None):
         _tables[:] = [found, *(table for table in _tables if table is not found)][:_KEPT]
     if capturing and not any(found.chunks is chunks for chunks in _captured):
         _captured.append(found.chunks)
-    return found.chunks
+    return found.chunks, found.dtypes
+
+
+def _dtypes(written: list[Tensor], read: list[Tensor]) -> int:
+    numbers = {DTYPES.index(w.dtype) + 4 * DTYPES.index(r.dtype) for w, r in zip(written, read, strict=True)}
+    return sum(1 << number for number in numbers)
 
 
 def make_table(written: list[Tensor], read: list[Tensor]) -> Tensor:
@@ -200,6 +206,7 @@ class _Table:
     written: _Description
     read: _Description
     chunks: Tensor
+    dtypes: int
 
     def fits(self, written: list[Tensor], read: list[Tensor]) -> bool:
         return self.read.fits(read) and self.written.fits(written)

@@ -18,7 +18,7 @@ import torch
 NAMESPACE = "smart_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 OPS: dict[str, str] = {}
-"""Every op's name, and what serves it on a GPU: "triton" or "cuda"."""
+"""Every op's name, and what serves it on a GPU: "Triton" or "CUDA"."""
 
 
 def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any], triton: str | None = None) -> Any:
@@ -28,16 +28,24 @@ def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., An
         schema: the op's schema, `name(Tensor x, ...) -> ...`.
         reference: eager function of the same signature, for devices without a kernel.
         fake: function of the same signature that returns outputs of the right shape, dtype and device.
-        triton: "module:function" of the Triton launcher; None where a CUDA extension has the kernel.
+        triton: "module:function" of the Triton launcher; None where a GPU is served in another way.
     """
     LIBRARY.define(schema)
     name = schema[: schema.index("(")]
-    OPS[name] = "cuda" if triton is None else "triton"
+    OPS[name] = "CUDA" if triton is None else "Triton"
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    if triton is not None and importlib.util.find_spec("triton") is not None:
-        LIBRARY.impl(name, _Lazy(triton), "CUDA")
+    if triton is not None:
+        serve_by_triton(name, triton)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def serve_by_triton(op: str, launcher: str) -> bool:
+    """Let a Triton launcher, "module:function", serve an op on GPUs; False where there is no Triton."""
+    found = importlib.util.find_spec("triton") is not None
+    if found:
+        LIBRARY.impl(op, _Lazy(launcher), "CUDA")
+    return found
 
 
 class _Lazy:

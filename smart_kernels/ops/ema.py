@@ -9,7 +9,15 @@ from torch import Tensor
 
 from smart_kernels import reference
 from smart_kernels.ops._chunks import DTYPES, check_memory, chunk_table
-from smart_kernels.ops._library import LIBRARY, changes_arguments, define, draw_seed, load_compiled
+from smart_kernels.ops._library import (
+    LIBRARY,
+    OPS,
+    changes_arguments,
+    define,
+    draw_seed,
+    load_compiled,
+    serve_by_triton,
+)
 
 
 def ema_update_(
@@ -71,12 +79,12 @@ def ema_update_(
         for i, e in enumerate(shadows):
             if e.requires_grad:
                 raise ValueError(f"ema_tensors[{i}]: requires grad, expected a constant, or a call in no_grad mode")
-    if device.type in _COMPILED and not tracing:
+    if device.type in _SERVED and not tracing:
         # Lists of tensors do not pass the dispatcher, which would cost more than the update of small ones.
-        table = chunk_table(shadows, sources, _check)
+        table, dtypes = chunk_table(shadows, sources, _check)
         seed = draw_seed(generator, device) if stochastic_rounding else None
         torch.autograd.graph.increment_version(reversed(shadows))  # the last ones read are in cache
-        _update_chunks(table, value, tensor, seed)
+        _update_chunks(table, dtypes, value, tensor, seed)
     else:
         _check(shadows, sources)
         if not tracing:
@@ -146,11 +154,11 @@ def _check(ema_tensors: list[Tensor], parameters: list[Tensor]) -> None:
             )
 
 
-def _compiled(
+def _in_chunks(
     ema_tensors: list[Tensor], parameters: list[Tensor], decay: float, decay_tensor: Tensor | None, seed: Tensor | None
 ) -> None:
-    """The compiled kernels, which see addresses alone."""
-    _update_chunks(chunk_table(ema_tensors, parameters, _check), decay, decay_tensor, seed)
+    """The kernels that see addresses alone."""
+    _update_chunks(*chunk_table(ema_tensors, parameters, _check), decay, decay_tensor, seed)
 
 
 def _reference(
@@ -178,9 +186,12 @@ _update = define(
 )
 changes_arguments(_update, "ema_update_")
 
-# Behind it, for the compiled kernels: their addresses are all that they see of the tensors.
-LIBRARY.define("ema_update_chunks(Tensor table, float decay, Tensor? decay_tensor, Tensor? seed) -> ()")
+# Behind it, for the kernels that are compiled: addresses are all that they see of the tensors.
+LIBRARY.define("ema_update_chunks(Tensor table, int dtypes, float decay, Tensor? decay_tensor, Tensor? seed) -> ()")
 _update_chunks = torch.ops.smart_kernels.ema_update_chunks.default
-_COMPILED = {device for device, module in (("cpu", "_C"), ("cuda", "_C_cuda")) if load_compiled()[module] is None}
-for _device in _COMPILED:
-    LIBRARY.impl("ema_update_", _compiled, _device.upper())
+_SERVED = {device for device, module in (("cpu", "_C"), ("cuda", "_C_cuda")) if load_compiled()[module] is None}
+if "cuda" not in _SERVED and serve_by_triton("ema_update_chunks", "smart_kernels.triton_kernels.ema:ema_update_chunks"):
+    _SERVED.add("cuda")
+    OPS["ema_update_"] = "Triton"
+for _device in _SERVED:
+    LIBRARY.impl("ema_update_", _in_chunks, _device.upper())

@@ -11,7 +11,6 @@ from the three sums of products of delta and the step's direction. In fp64, the 
 from __future__ import annotations
 
 import math
-import struct
 
 import torch
 import triton
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from smart_kernels import reference
 from smart_kernels.triton_kernels import tiles
+from smart_kernels.triton_kernels.scalars import as_number, bits
 
 _NORMALIZED, _SIGN, _RAW = (tl.constexpr(i) for i in range(3))
 _LONGEST_STEP = tl.constexpr(1e28)
@@ -114,12 +114,6 @@ def _count(skipped_ptr, top):
 
 
 @triton.jit
-def _as_number(bits):
-    """The double that came as its bits: a Triton launcher rounds numbers to fp32."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
-
-
-@triton.jit
 def _tile(
     unit,
     start,
@@ -141,14 +135,24 @@ def _tile(
     size = tl.cast(unit_rows, tl.int64) * N_COLS
     place = unit * size + start + within
     there = live & (start + within < size)
-    row, col = unit * unit_rows + start // N_COLS, (start % N_COLS).to(tl.int32) + within
+    row, col = unit * unit_rows + start // N_COLS, (start % N_COLS).to(tl.int32)
     counts = there
-    if not ONE_ROW:
-        # ALIGN divides N_COLS and every start: from this the compiler sees how wide it may access.
-        col = tl.multiple_of((start % N_COLS).to(tl.int32), ALIGN) + within
-        row, col, live = row + col // N_COLS, col % N_COLS, there
-    if mask_ptr is not None:
-        counts &= tl.max_constancy(tl.load(mask_ptr + row, mask=live, other=0) != 0, (1, 1 if ONE_ROW else ALIGN))
+    if ONE_ROW:
+        if mask_ptr is not None:
+            counts &= tl.load(mask_ptr + row, mask=live, other=0) != 0
+        col += within
+    else:
+        col = tl.multiple_of(col, ALIGN)  # as ALIGN divides N_COLS and every start
+        if mask_ptr is not None:
+            # ALIGN elements in a row share their number of the mask, which is read once for all of them.
+            UNITS: tl.constexpr = unit.shape[0]
+            GROUPS: tl.constexpr = BLOCK // ALIGN
+            group = ALIGN * tl.arange(0, GROUPS)[None, :]
+            kept = tl.load(mask_ptr + row + (col + group) // N_COLS, mask=live & (start + group < size), other=0) != 0
+            kept = tl.reshape(tl.broadcast_to(kept[:, :, None], (UNITS, GROUPS, ALIGN)), (UNITS, BLOCK))
+            counts &= tl.max_constancy(kept, (1, ALIGN))
+        col += within
+        row, col = row + col // N_COLS, col % N_COLS
     grad_place = place
     if STRIDED:
         sample, row = row // sample_rows, row % sample_rows
@@ -195,15 +199,15 @@ def _step_kernel(
     d_delta, delta_delta = dd, dd
     if L2:
         dd, d_delta, delta_delta = _sums(d, delta)
-    epsilon = _as_number(epsilon_bits)
-    moves, keep, step = _plan(top, dd, d_delta, delta_delta, _as_number(step_bits), epsilon, L2, ASCENT)
+    epsilon = as_number(epsilon_bits)
+    moves, keep, step = _plan(top, dd, d_delta, delta_delta, as_number(step_bits), epsilon, L2, ASCENT)
     out = _moved(delta, d, moves[:, None], keep[:, None], step[:, None], epsilon.to(COMPUTE), L2)
     tl.store(out_ptr + place, out, mask=there)
     if skipped_ptr is not None:
         _count(skipped_ptr, top)
 
 
-@triton.jit(do_not_specialize=["n_splits", "n_tiles"])
+@triton.jit(do_not_specialize=["n_splits"])
 def _gather_kernel(
     delta_ptr,
     grad_ptr,
@@ -211,7 +215,6 @@ def _gather_kernel(
     top_ptr,  # (n_units, n_splits), the bits of the largest |g|
     sums_ptr,  # (3, n_units, n_splits), for L2
     n_splits,
-    n_tiles,
     unit_rows,
     sample_rows,
     sample_stride,
@@ -223,16 +226,17 @@ def _gather_kernel(
     STRIDED: tl.constexpr,
     L2: tl.constexpr,
     ASCENT: tl.constexpr,
+    N_TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What a split of n_tiles tiles tells of its unit: one program per unit and split."""
+    """What a split of N_TILES tiles tells of its unit: one program per unit and split."""
     COMPUTE: tl.constexpr = delta_ptr.dtype.element_ty
     unit = (tl.program_id(0) // n_splits).to(tl.int64) + tl.zeros((1, 1), tl.int64)
-    first = (tl.program_id(0) % n_splits).to(tl.int64) * n_tiles
+    first = (tl.program_id(0) % n_splits).to(tl.int64) * N_TILES
     dd = tl.zeros((1,), tl.float64)
     d_delta, delta_delta = dd, dd
     top = _magnitude(tl.zeros((1,), COMPUTE))
-    for i in range(n_tiles):
+    for i in range(N_TILES):
         place, grad_place, _, counts = _tile(
             unit, (first + i) * BLOCK, unit >= 0, mask_ptr, unit_rows, sample_rows,
             sample_stride, row_stride, col_stride, N_COLS, ALIGN, ONE_ROW, STRIDED, BLOCK,
@@ -257,7 +261,7 @@ def _gather_kernel(
         tl.store(sums_ptr + here + 2 * count, delta_delta)
 
 
-@triton.jit(do_not_specialize=["step_bits", "epsilon_bits", "n_splits", "n_tiles"])
+@triton.jit(do_not_specialize=["step_bits", "epsilon_bits", "n_splits"])
 def _apply_kernel(
     delta_ptr,
     grad_ptr,
@@ -269,7 +273,6 @@ def _apply_kernel(
     step_bits,
     epsilon_bits,
     n_splits,
-    n_tiles,
     unit_rows,
     sample_rows,
     sample_stride,
@@ -282,6 +285,7 @@ def _apply_kernel(
     L2: tl.constexpr,
     ASCENT: tl.constexpr,
     SPLITS: tl.constexpr,
+    N_TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Adds up the splits of a unit and moves one of them: one program per unit and split."""
@@ -301,11 +305,11 @@ def _apply_kernel(
         dd = tl.sum(tl.load(sums_ptr + here, mask=others < n_splits, other=0) * ratio * ratio, 1)
         d_delta = tl.sum(tl.load(sums_ptr + here + count, mask=others < n_splits, other=0) * ratio, 1)
         delta_delta = tl.sum(tl.load(sums_ptr + here + 2 * count, mask=others < n_splits, other=0), 1)
-    epsilon = _as_number(epsilon_bits)
-    moves, keep, step = _plan(top, dd, d_delta, delta_delta, _as_number(step_bits), epsilon, L2, ASCENT)
-    for i in range(n_tiles):
+    epsilon = as_number(epsilon_bits)
+    moves, keep, step = _plan(top, dd, d_delta, delta_delta, as_number(step_bits), epsilon, L2, ASCENT)
+    for i in range(N_TILES):
         place, grad_place, there, counts = _tile(
-            unit, (split * n_tiles + i) * BLOCK, unit >= 0, mask_ptr, unit_rows, sample_rows,
+            unit, (split * N_TILES + i) * BLOCK, unit >= 0, mask_ptr, unit_rows, sample_rows,
             sample_stride, row_stride, col_stride, N_COLS, ALIGN, ONE_ROW, STRIDED, BLOCK,
         )  # fmt: skip
         g = tl.load(grad_ptr + grad_place, mask=counts, other=0).to(COMPUTE)
@@ -315,10 +319,6 @@ def _apply_kernel(
         tl.store(out_ptr + place, out, mask=there)
     if skipped_ptr is not None and split == 0:
         _count(skipped_ptr, top)
-
-
-def _bits(x: float) -> int:
-    return int(struct.unpack("<q", struct.pack("<d", x))[0])
 
 
 def _step(
@@ -347,7 +347,7 @@ def _step(
     strides = grad.stride() if strided else (0, 0, 0)
     how = {"N_COLS": n_cols, "ALIGN": math.gcd(16, n_cols), "ONE_ROW": unit_rows == 1, "STRIDED": strided}
     how |= {"L2": l2, "ASCENT": ascent, "enable_fp_fusion": True}
-    numbers = _bits(step_size), _bits(epsilon if l2 else reference.floor_to(epsilon, delta.dtype))
+    numbers = bits(step_size), bits(epsilon if l2 else reference.floor_to(epsilon, delta.dtype))
     tile = tiles.choose("perturbation_step, fp64" if delta.dtype == torch.float64 else "perturbation_step", size)
     with torch.cuda.device_of(delta):
         if size <= tile.columns:
@@ -357,18 +357,19 @@ def _step(
             )  # fmt: skip
             return
         block = tile.columns
-        n_tiles = triton.cdiv(triton.cdiv(size, block), 256)  # so that adding up the splits costs little
+        # Up to 256 splits, so that adding them up costs little; powers of two, lest each length compile a kernel
+        n_tiles = triton.next_power_of_2(triton.cdiv(size, 256 * block))
         n_splits = triton.cdiv(size, n_tiles * block)
         grid = (n_units * n_splits,)
         tops = delta.new_empty(grid, dtype=torch.int64 if delta.dtype == torch.float64 else torch.int32)
         sums = delta.new_empty((3, *grid), dtype=torch.float64) if l2 else None
         _gather_kernel[grid](
-            delta, grad, mask, tops, sums, n_splits, n_tiles, unit_rows, sample_rows, *strides,
-            **how, BLOCK=block, num_warps=tile.warps,
+            delta, grad, mask, tops, sums, n_splits, unit_rows, sample_rows, *strides,
+            **how, N_TILES=n_tiles, BLOCK=block, num_warps=tile.warps,
         )  # fmt: skip
         _apply_kernel[grid](
-            delta, grad, out, mask, skipped, tops, sums, *numbers, n_splits, n_tiles, unit_rows, sample_rows, *strides,
-            **how, SPLITS=triton.next_power_of_2(n_splits), BLOCK=block, num_warps=tile.warps,
+            delta, grad, out, mask, skipped, tops, sums, *numbers, n_splits, unit_rows, sample_rows, *strides,
+            **how, SPLITS=triton.next_power_of_2(n_splits), N_TILES=n_tiles, BLOCK=block, num_warps=tile.warps,
         )  # fmt: skip
 
 
@@ -442,7 +443,7 @@ def _init_kernel(out_ptr, seed_ptr, mask_ptr, std_bits, numel, N_COLS: tl.conste
     counter = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     a, b, c, d = tl.philox(tl.load(seed_ptr), low, high, low * 0, low * 0)
-    place, std = counter // 16 * 64 + counter % 16, _as_number(std_bits)
+    place, std = counter // 16 * 64 + counter % 16, as_number(std_bits)
     x, y = _box_muller(a, b)
     _noise(out_ptr, x, place, mask_ptr, numel, std, N_COLS)
     _noise(out_ptr, y, place + 16, mask_ptr, numel, std, N_COLS)
@@ -461,7 +462,7 @@ def init_perturbation(embeds: Tensor, seed: Tensor, mask: Tensor | None, std: fl
                 out,
                 seed,
                 mask,
-                _bits(std),
+                bits(std),
                 out.numel(),
                 N_COLS=out.size(-1),
                 BLOCK=tile.columns,

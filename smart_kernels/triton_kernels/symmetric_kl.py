@@ -224,7 +224,7 @@ def _symmetric_kl_kernel(
     KEPT: tl.constexpr = tiles.blocks_kept(HELD, is_hip(), cuda_capability_geq(10))
     split = tl.program_id(0) % SPLITS
     rows = (tl.program_id(0) // SPLITS).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    begin, end = split * SPAN, tl.minimum(split * SPAN + SPAN, N_COLS)
+    begin = split * SPAN
     live = (rows < n_rows) if BLOCK_M > 1 else (rows >= 0)
     cols = tl.arange(0, BLOCK_N)[None, :]
     # Strides of rows come in units of ALIGN elements: from this product the compiler sees how wide it may access.
@@ -265,7 +265,8 @@ def _symmetric_kl_kernel(
             held_b += (b,)  # type: ignore[assignment]
         for i in tl.static_range(KEPT):
             known = _compare_block(held_a[i], held_b[i], known, GROUPS, VECTOR)
-        for start in range(begin + KEPT * BLOCK_N, end, BLOCK_N):
+        for i in range(KEPT, SPAN // BLOCK_N):
+            start = begin + i * BLOCK_N
             mask = read[:, None] & (cols < N_COLS - start)
             a = _load(a_rows, start, cols, a_col_stride, mask, padding).to(COMPUTE)
             b = _load(b_rows, start, cols, b_col_stride, mask, padding).to(COMPUTE)
@@ -314,7 +315,8 @@ def _symmetric_kl_kernel(
                     grad_a_ptr, grad_b_ptr, out + i * BLOCK_N, cols, mask, held_a[i], held_b[i], known, kl_pq, kl_qp,
                     half, DETACH,
                 )  # fmt: skip
-            for start in range(begin + KEPT * BLOCK_N, end, BLOCK_N):
+            for i in range(KEPT, SPAN // BLOCK_N):
+                start = begin + i * BLOCK_N
                 mask = live[:, None] & (cols < N_COLS - start)
                 a = _load(a_rows, start, cols, a_col_stride, read[:, None] & mask, 0).to(COMPUTE)
                 b = _load(b_rows, start, cols, b_col_stride, read[:, None] & mask, 0).to(COMPUTE)

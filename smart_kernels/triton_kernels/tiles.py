@@ -80,6 +80,7 @@ TILES: dict[str, dict[float, Tile]] = {
     "perturbation_step": _PERTURBATION_STEP,
     "perturbation_step, fp64": _PERTURBATION_STEP_FP64,
     "init_perturbation": {math.inf: Tile(1, 1024, 4)},
+    "ema_update_": {math.inf: Tile(1, 1024, 8)},
 }
 """By kernel and the length of a row or unit, ascending: the first entry that is long enough counts."""
 

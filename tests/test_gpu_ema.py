@@ -1,7 +1,8 @@
-"""What a card would run: the compiled CUDA kernel of ema_update_, executed on the CPU and held against the C++ kernel.
+"""What a card would run: the compiled CUDA and Triton kernels of ema_update_, held against the C++ kernel.
 
-Both share their arithmetic (csrc/ema_formula.h) and their random numbers, so all results are the same to the bit. An
-access outside a tensor, one wider than its address is aligned, or a write to a parameter raises.
+They are executed on the CPU. All three have one arithmetic (csrc/ema_formula.h) and the same random numbers, so all
+results are the same to the bit. An access outside a tensor, one wider than its address is aligned, or a write to a
+parameter raises.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import torch
 from oracle import Ema
 
 pytest.importorskip("triton")
-from gpu_evidence import nvcc, ptxrun
+from gpu_evidence import executed, nvcc, ptxrun
 
 import smart_kernels
 from gpu_code import ahead_of_time_cuda
 from smart_kernels.ops import _chunks
+from smart_kernels.triton_kernels import ema as triton_kernel
 
 update_chunks = torch.ops.smart_kernels.ema_update_chunks.default
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
@@ -49,13 +51,14 @@ def source(stochastic: bool) -> str:
 def tool() -> ModuleType:
     if smart_kernels.COMPILED["_C"] is not None:
         pytest.skip("the compiled CPU kernels, to compare with, are not built here")
-    nvcc()
     return ptxrun()
 
 
-@pytest.fixture(scope="module")
-def launch(tool: ModuleType) -> Callable[..., Any]:
-    """Executes a table of chunks of these pairs, as the launcher in csrc/cuda/ema.cu would launch it."""
+@pytest.fixture(scope="module", params=["CUDA", "Triton"])
+def launch(request: pytest.FixtureRequest, tool: ModuleType) -> Callable[..., Any]:
+    """Executes a table of chunks of these pairs, as the launcher of either kernel would launch it."""
+    if request.param == "CUDA":
+        nvcc()
 
     def array(x: torch.Tensor, writable: bool) -> Any:
         numbers = x.view(BITS[x.itemsize]).numpy()
@@ -68,6 +71,26 @@ def launch(tool: ModuleType) -> Callable[..., Any]:
         begins, arrays = [x.data_ptr() for x in tensors], [array(x, writable) for x in tensors]
         places = [(bisect.bisect_right(begins, address) - 1, address) for address in column.tolist()]
         return tool.PtrTable([tool.Ptr(arrays[i], address - begins[i]) for i, address in places])
+
+    def run_triton(
+        table: torch.Tensor,
+        pairs: Pairs,
+        decay: float | torch.Tensor,
+        seed: int | None = None,
+        arch: int = 90,
+        **options: Any,
+    ) -> Any:
+        shadows, parameters = (addresses(table[i], [pair[i] for pair in pairs], i == 0) for i in range(2))
+        both = tool.PtrTable(shadows.arrs + parameters.arrs)
+        both.dtype = torch.int64
+        replaced = {"addresses_ptr": tool.Guard(both)}
+        value, where = (decay, None) if isinstance(decay, float) else (0.5, decay)
+        random = None if seed is None else torch.tensor(seed)
+        # One launch does it, but compiled for all dtypes at once it would take a minute: so one for each of them.
+        with executed(tool, arch, replaced, **options) as launches:
+            for dtypes in table[4].unique().tolist():
+                triton_kernel.ema_update_chunks(table, 1 << dtypes, value, where, random)
+        return launches[-1]
 
     def run(
         table: torch.Tensor,
@@ -91,7 +114,7 @@ def launch(tool: ModuleType) -> Callable[..., Any]:
         arguments = [chunks, value, None if where is None else where.view(1), is_double, random]
         return tool.run_ptx(ptx, None, table.shape[1], THREADS, arguments, **options)
 
-    return run
+    return run if request.param == "CUDA" else run_triton
 
 
 def pair(shape: int | tuple[int, ...], e: torch.dtype, p: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,7 +139,7 @@ def check(
     for e, old in zip(shadows, before, strict=True):
         e.copy_(old)
     value, tensor = (decay, None) if isinstance(decay, float) else (0.5, decay)
-    update_chunks(table, value, tensor, None if seed is None else torch.tensor(seed))
+    update_chunks(table, 0, value, tensor, None if seed is None else torch.tensor(seed))
     for e, result in zip(shadows, after, strict=True):
         bits = BITS[e.itemsize]
         same = (e.view(bits) == result.view(bits)) | (e.isnan() & result.isnan())
@@ -187,7 +210,7 @@ def test_elements_beyond_two_to_the_31(launch: Callable[..., Any], tmp_path: Pat
     if seed is None:
         truth.check(result)
     e[tail] = before
-    update_chunks(table, 0.9, None, None if seed is None else torch.tensor(seed))
+    update_chunks(table, 0, 0.9, None, None if seed is None else torch.tensor(seed))
     assert torch.equal(e[tail], result)
 
 
@@ -219,10 +242,10 @@ def test_a_graph_is_captured_with_a_table_that_stays(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_chunks, "_describe_slowly", list)
     monkeypatch.setattr(_chunks, "_tables", [])
     monkeypatch.setattr(_chunks, "_captured", [])
-    lists = [[mock.Mock(device=device)] for _ in range(40)]
+    lists = [[mock.Mock(device=device, dtype=torch.float32)] for _ in range(40)]
 
     def table(tensors: list[Any]) -> Any:
-        return _chunks.chunk_table(tensors, tensors, lambda *lists: None)
+        return _chunks.chunk_table(tensors, tensors, lambda *lists: None)[0]
 
     first = table(lists[0])
     capturing.return_value = True
