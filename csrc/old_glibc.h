@@ -1,0 +1,28 @@
+// Included before every file, so that what is built on a new system also loads on one with the glibc 2.28 that torch
+// itself asks for: what newer ones have in another version is asked for in the version that all have.
+#pragma once
+
+#include <features.h>
+
+#if defined(__GLIBC__)
+
+// Since 2.29 without the wrapper that sets errno, which nothing here reads
+#if defined(__x86_64__)
+#define SK_OLDEST "GLIBC_2.2.5"
+#elif defined(__aarch64__)
+#define SK_OLDEST "GLIBC_2.17"
+#endif
+#if defined(SK_OLDEST)
+__asm__(".symver exp, exp@" SK_OLDEST);
+__asm__(".symver exp2, exp2@" SK_OLDEST);
+__asm__(".symver log, log@" SK_OLDEST);
+__asm__(".symver log2, log2@" SK_OLDEST);
+__asm__(".symver pow, pow@" SK_OLDEST);
+#endif
+
+// Since 2.32; shared_ptr reads it, to count without atomic operations where there is one thread. Here there are several.
+extern "C" {
+__attribute__((weak, visibility("hidden"))) char __libc_single_threaded = 0;
+}
+
+#endif
