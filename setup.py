@@ -51,7 +51,8 @@ def extensions() -> tuple[list, dict]:
     # GCC's own intrinsics trip -Wmaybe-uninitialized; vector types never cross a binary interface here (-Wno-psabi)
     cxx = [*both, "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized"]
     sources = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
-    modules = [CppExtension("smart_kernels._C", ["csrc/ops.cpp", *sources], extra_compile_args=cxx, **common)]
+    sources = ["csrc/ops.cpp", *sources]
+    modules = [CppExtension("smart_kernels._C", sources, extra_compile_args=cxx, libraries=["dl"], **common)]
     if REQUESTED != "cpu" and not missing:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
         sources = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
@@ -59,7 +60,7 @@ def extensions() -> tuple[list, dict]:
         sources = ["csrc/cuda/ops.cpp", *sources]
         module = CUDAExtension("smart_kernels._C_cuda", sources, extra_compile_args=flags, **common)
         # The CUDA runtime is linked in, so that a torch for any CUDA version can load the module.
-        module.libraries = [{"cudart": "cudart_static"}.get(name, name) for name in module.libraries] + ["rt", "dl"]
+        module.libraries = [{"cudart": "cudart_static"}.get(name, name) for name in module.libraries] + ["dl", "rt"]
         modules.append(module)
     return modules, {"build_ext": BuildExtension}
 
