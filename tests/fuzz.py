@@ -164,7 +164,7 @@ def symmetric_kl_case(r: random.Random) -> None:
     for x, is_wanted in zip((a, b), wanted, strict=True):
         x.requires_grad_(is_wanted)
 
-    def check(loss: torch.Tensor, grads: list[torch.Tensor | None], alone: torch.Tensor) -> None:
+    def check(loss: torch.Tensor, grads: list[torch.Tensor | None], alone: torch.Tensor | None) -> None:
         relative, resolved = (1e-12, 1e-12) if dtype == torch.float64 else (1e-5, 2.0**-21)
         with np.errstate(all="ignore"):
             rows = np.where(used, truth.loss * factor, 0)
@@ -184,14 +184,16 @@ def symmetric_kl_case(r: random.Random) -> None:
         empty = torch.empty(0)
         found = [empty if grad is None else grad for grad in grads]
         truth.check_grads(*found, scale=scale, detach_targets=detach)
-        truth.check_grads(alone, empty, scale=alone_scale, detach_targets=detach)
-        for grad in (*found, alone):
+        if alone is not None:
+            truth.check_grads(alone, empty, scale=alone_scale, detach_targets=detach)
+            found.append(alone)
+        for grad in found:
             assert not grad.numel() or (wide(grad)[~used] == 0).all(), "gradient of a row of weight 0"
             assert not grad.numel() or np.isnan(wide(grad)[used & np.isnan(truth.loss)]).all(), "gradient of a NaN row"
 
     with threads(r):
         loss = symmetric_kl(a, b, weight, reduction, detach)
-        alone = symmetric_kl_grad(a, b, weight, reduction, detach)
+        alone = symmetric_kl_grad(a, b, weight, reduction, detach) if r.random() < 0.4 else None
         found = torch.autograd.grad(loss, [x for x in (a, b) if x.requires_grad], upstream)
     grads: list[torch.Tensor | None] = [None, None]
     if a is b:
@@ -287,7 +289,7 @@ def ema_case(r: random.Random) -> None:
     decay = r.choice([0.0, 1.0, 0.5, 0.99, 0.999, r.uniform(1e-3, 1), 10 ** r.uniform(-20, 0)])
     stochastic = r.random() < 0.3
     shadows, parameters = [], []
-    for _ in range(r.choice([1, 1, 2, 3, 8])):
+    for _ in range(8 if r.random() < 0.05 else r.choice([1, 1, 2, 3])):
         lead, cols = sizes(r, 12)
         shape = r.choice([[*lead, cols], [cols], [], [*lead, cols]])
         e = 10.0 ** r.uniform(-6, 3) * torch.randn(shape, dtype=torch.float64)
