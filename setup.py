@@ -7,6 +7,7 @@ the installed torch is a CUDA build and a CUDA toolkit is found.
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -17,7 +18,7 @@ from setuptools import setup
 REQUESTED = os.environ.get("SMART_KERNELS_BUILD", "auto")
 if REQUESTED not in ("auto", "none", "cpu", "cuda"):
     sys.exit(f"SMART_KERNELS_BUILD={REQUESTED!r}: expected none, cpu or cuda")
-sys.path.append(sysconfig.get_path("purelib"))  # an isolated build compiles against the torch that will run it
+site.addsitedir(sysconfig.get_path("purelib"))  # an isolated build compiles against the torch that will run it
 
 
 def cuda_home() -> str | None:
@@ -45,18 +46,22 @@ def extensions() -> tuple[list, dict]:
         print(f"smart_kernels: no CUDA kernels, for want of {missing}", file=sys.stderr)
 
     common = {"include_dirs": [str(Path("csrc").resolve())], "py_limited_api": True}
-    both = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    oldest = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-include", str(Path("csrc/old_glibc.h").resolve())]
+    both = ["-O3", "-std=c++20", *oldest]
     # GCC's own intrinsics trip -Wmaybe-uninitialized; vector types never cross a binary interface here (-Wno-psabi)
     cxx = [*both, "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized"]
     sources = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
-    modules = [CppExtension("smart_kernels._C", ["csrc/ops.cpp", *sources], extra_compile_args=cxx, **common)]
+    sources = ["csrc/ops.cpp", *sources]
+    modules = [CppExtension("smart_kernels._C", sources, extra_compile_args=cxx, libraries=["dl"], **common)]
     if REQUESTED != "cpu" and not missing:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
         sources = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
         flags = {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": [*both, "-DUSE_CUDA"]}
-        modules.append(
-            CUDAExtension("smart_kernels._C_cuda", ["csrc/cuda/ops.cpp", *sources], extra_compile_args=flags, **common)
-        )
+        sources = ["csrc/cuda/ops.cpp", *sources]
+        module = CUDAExtension("smart_kernels._C_cuda", sources, extra_compile_args=flags, **common)
+        # The CUDA runtime is linked in, so that a torch for any CUDA version can load the module.
+        module.libraries = [{"cudart": "cudart_static"}.get(name, name) for name in module.libraries] + ["dl", "rt"]
+        modules.append(module)
     return modules, {"build_ext": BuildExtension}
 
 

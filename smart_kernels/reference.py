@@ -220,9 +220,9 @@ def perturbation_step(
     if NORMS[norm] == "linf":
         bound = floor_to(epsilon, delta.dtype)
         return v.clamp(-bound, bound)
-    # The margin is for the rounding of the result, so that its norm is no more than epsilon in any precision;
-    # where there was no step, a delta within the ball stays as it is.
-    size, inner = _norm(v, dims), epsilon * (1 - 4 * torch.finfo(v.dtype).eps)
+    # The margin is for the rounding of the result and of the sum, so that the norm is no more than epsilon in any
+    # precision; where there was no step, a delta within the ball stays as it is.
+    size, inner = _norm(v, dims), epsilon * (1 - 4 * torch.finfo(v.dtype).eps - 1e-12)
     outside = size > torch.where(moves, inner, epsilon)
     return torch.where(outside, v * (inner / torch.where(outside, size, 1)).to(v.dtype), v)
 
@@ -292,16 +292,19 @@ def _weighted_sum(a: Tensor, a_factor: list[Tensor], b: Tensor, b_factor: list[T
     total = kept + gained
     share = total - kept
     low = (kept - (total - share)) + (gained - share) + (kept_low + gained_low + a_factor[1] * a + b_factor[1] * b)
-    # Something is infinite or NaN, or so large that its halves overflow: there the sum is left as it is rounded.
+    # Something is infinite or NaN: there the sum is left as it is rounded.
     return torch.where(low.isnan(), torch.where(total.isfinite(), total, a + b_factor[0] * (b - a)), total + low)
 
 
 def _product(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """The product, and what its rounding dropped (Dekker 1971), without a fused multiply-add."""
-    splitter = 2.0**27 + 1 if x.dtype == torch.float64 else 2.0**12 + 1
+    """The product, and what its rounding dropped (Dekker 1971), without a fused multiply-add.
+
+    The halves of a mantissa are cut from its bits: multiplied by 2^12 + 1, as is usual, large numbers would overflow.
+    """
+    integer, low_bits = (torch.int64, 27) if x.dtype == torch.float64 else (torch.int32, 12)
 
     def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-        high = splitter * x - (splitter * x - x)
+        high = (x.view(integer) & -(1 << low_bits)).view(x.dtype)
         return high, x - high
 
     (x_high, x_low), (high, low), product = halves(x), halves(factor), x * factor

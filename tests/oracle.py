@@ -49,6 +49,7 @@ class SymmetricKL:
             self.detached = x, -x
             reach = np.abs(t) + self.distance[..., None]
             self.terms = p * (reach + kl_pq) + np.abs(x), q * (reach + kl_qp) + np.abs(x)
+            self.subnormal = 2.0**-126 * (reach + kl_pq + kl_qp + 1)
 
     def check_loss(self, loss: torch.Tensor) -> None:
         """Each row's loss within 1e-5 of it, plus what fp32 differences of the logits can resolve."""
@@ -58,16 +59,18 @@ class SymmetricKL:
         compare(wide(loss), self.loss, bar, "loss")
         assert (wide(loss)[~self.undefined] >= 0).all()
 
-    def check_grads(self, *grads: torch.Tensor, scale: float = 1.0, detach_targets: bool = False) -> None:
-        """Both gradients (an empty one is passed over) of the rows' losses times ``scale``."""
+    def check_grads(self, *grads: torch.Tensor, scale: float | np.ndarray = 1.0, detach_targets: bool = False) -> None:
+        """Both gradients (an empty one is passed over) of the rows' losses times ``scale``, for all or for each."""
         truths = self.detached if detach_targets else self.grads
         sides = zip(("input", "target"), grads, truths, self.terms, self.dtypes, strict=True)
+        defined = np.isfinite(self.loss)
+        factor = np.broadcast_to(np.asarray(scale, WIDE), self.loss.shape)[defined]
+        scale = np.abs(factor)
         for name, grad, truth, terms, dtype in sides:
             if not grad.numel() and truth.size:
                 continue
             assert grad.dtype == dtype
-            defined = np.isfinite(self.loss)
-            error = np.abs(wide(grad) - truth * scale)[defined]
+            error = np.abs(wide(grad)[defined] - truth[defined] * factor[..., None])
             if dtype in (torch.float32, torch.float64):
                 relative, resolved = (1e-12, 1e-12) if dtype == torch.float64 else (1e-5, 2.0**-20)
                 norm = np.sqrt((truth[defined].astype(np.float64) ** 2).sum(-1))
@@ -76,8 +79,9 @@ class SymmetricKL:
             else:
                 # One unit in the last place. Where the terms of the gradient cancel (it crosses zero somewhere in
                 # any long row) fp32 arithmetic leaves a few of its own units of the terms: 2^-20 of them, the
-                # logits' differences that enter them included.
-                bar = ulp(truth[defined] * scale, dtype) + scale * 2.0**-20 * terms[defined]
+                # logits' differences that enter them included. A probability that would be subnormal may be 0.
+                fp32 = 2.0**-20 * terms[defined] + self.subnormal[defined]
+                bar = ulp(truth[defined] * scale[..., None], dtype) + scale[..., None] * fp32
             compare(error, np.zeros_like(error), bar, f"gradient of {name}")
 
 
@@ -172,8 +176,8 @@ class Ema:
 
     def __init__(self, e: torch.Tensor, p: torch.Tensor, decay: float) -> None:
         self.dtype = e.dtype
-        kept, gained = WIDE(decay) * wide(e), (1 - WIDE(decay)) * wide(p)
         with np.errstate(invalid="ignore"):
+            kept, gained = WIDE(decay) * wide(e), (1 - WIDE(decay)) * wide(p)
             self.result = np.where(np.isfinite(kept) & np.isfinite(gained), kept + gained, wide(e) + gained - wide(e))
             self.size = np.abs(kept) + np.abs(gained)
 
@@ -191,8 +195,10 @@ class Ema:
 
 def compare(value: np.ndarray, truth: np.ndarray, bar: np.ndarray, what: str) -> None:
     """Equal where not finite, within the bar elsewhere; the worst place is named."""
+    assert value.shape == truth.shape, what
     odd = ~np.isfinite(truth)
-    np.testing.assert_array_equal(value[odd].astype(np.float64), truth[odd].astype(np.float64), err_msg=what)
+    if odd.any():
+        np.testing.assert_array_equal(value[odd].astype(np.float64), truth[odd].astype(np.float64), err_msg=what)
     with np.errstate(invalid="ignore"):
         excess = np.where(odd, 0, np.abs(value - truth) - bar)
     if excess.size and not (excess <= 0).all():  # NaN is no agreement

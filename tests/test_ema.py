@@ -570,8 +570,11 @@ def test_bad_input(
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_large_numbers_in_the_eager_reference() -> None:
-    """Where the halves of a product would overflow, the sum does not."""
-    e, p = torch.tensor([3e38]), torch.tensor([-1.5e38])
-    reference.ema_update_([e], [p], 0.99, None, None)
-    assert e.item() == pytest.approx(0.99 * 3e38 - 0.01 * 1.5e38, rel=2e-7)
+def test_large_numbers(ema: Update) -> None:
+    """Where the usual way to halve a number for an exact product would overflow, a result is as good as elsewhere."""
+    for dtype, top in ((torch.float32, 3e38), (torch.float64, 1.6e308)):
+        numbers = torch.randn(2, 1000, dtype=torch.float64).clamp(-4, 4) * (top / 4)
+        for decay in (0.99, 0.3, 1e-3, 7.7e-18):
+            e, p = numbers.to(dtype).clone()
+            check(ema, [(e, p)], decay)
+            check(ema, [(numbers[0].to(dtype), torch.zeros(1000, dtype=dtype))], decay)

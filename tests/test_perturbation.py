@@ -156,6 +156,14 @@ def test_no_gradient_leaves_a_delta_in_the_ball_as_it_is(kernel: Any, norm: str,
         check(kernel, 10 * x.delta, grad, way=way)  # one outside is projected all the same
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_bound_holds_in_double_where_there_is_no_step(kernel: Any, scope: str) -> None:
+    """A sum of many squares is off by more than the last place of its root."""
+    shape = (200, 1, 803) if scope == "token" else (200, 11, 73)
+    x = case(shape, DTYPES[-1])
+    check(kernel, 30 * x.delta, 0 * x.grad, way=("l2", scope, "raw"))
+
+
 @pytest.mark.parametrize("way", WAYS, ids="-".join)
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(kernel: Any, way: tuple[str, str, str]) -> None:
     for shape, long in (((4, 5, 33), False), ((4, 5, 1037), True)):  # in the CPU's kernel, a part and more than one
@@ -580,6 +588,16 @@ def test_bad_delta_in_place() -> None:
         perturbation_step_(negated, torch.randn(2, 3, 4), 1e-3, 1e-5)
     with pytest.raises(ValueError, match=r"^delta: elements share memory .*strides \(0, 4, 1\)"):
         perturbation_step_(torch.zeros(3, 4).expand(2, 3, 4), X, 1.0, 1.0)
+    memory = torch.arange(40.0)
+    delta, before = memory[8:32].view(2, 3, 4), memory.clone()
+    for grad in (delta, memory[:24].view(2, 3, 4), memory[16:].view(2, 3, 4), memory[31].expand(2, 3, 4)):
+        with pytest.raises(ValueError, match=r"^grad: shares memory with delta"):
+            perturbation_step_(delta, grad, 1.0, 1.0)
+    with pytest.raises(ValueError, match=r"^mask: shares memory with delta"):
+        perturbation_step_(delta, X, 1.0, 1.0, mask=memory[26:32].view(2, 3))
+    assert torch.equal(memory, before)
+    perturbation_step_(delta, memory[32:36].expand(2, 3, 4), 1.0, 1.0, mask=memory[2:8].view(2, 3))
+    assert not torch.equal(memory[8:32], before[8:32])
 
 
 @not_interpreted

@@ -61,7 +61,7 @@ Move plan(const StepJob& job, const Partial* parts, int64_t count) {
   double size = std::sqrt(unit.delta_delta);
   if (moves) size = std::sqrt(std::max(0.0, square) + kSummation * total * total) + kRounding * total;
   double keep = 1;
-  if (!(size <= job.epsilon)) keep = job.epsilon / (moves ? size : size * (1 + kRounding));
+  if (!(size <= job.epsilon)) keep = job.epsilon / (moves ? size : size * (1 + kRounding + kSummation));
   return {moves, !finite, keep, unit.scale, length * keep, std::numeric_limits<T>::infinity()};
 }
 

@@ -134,7 +134,7 @@ def perturbation_step_(
 
     Args:
         delta: as in :func:`perturbation_step`, and changed; no element of it may share memory with another.
-        grad: as in :func:`perturbation_step`, in memory of its own.
+        grad: as in :func:`perturbation_step`, in memory of its own; so is the mask.
         step_size: as in :func:`perturbation_step`.
         epsilon: as in :func:`perturbation_step`.
         norm: as in :func:`perturbation_step`.
@@ -162,11 +162,19 @@ def perturbation_step_(
     if not torch.compiler.is_compiling():  # within a graph neither can be asked
         if delta.is_neg():
             raise ValueError("delta: got a view that negates its elements, expected x.resolve_neg()")
-        if span(delta)[1]:
+        length, shared = span(delta)
+        if shared:
             raise ValueError(
                 f"delta: elements share memory (shape {tuple(delta.shape)}, strides {delta.stride()}), "
                 "expected a place of its own for each"
             )
+        if not torch._C._are_functorch_transforms_active() and torch._C._len_torch_dispatch_stack() == 0:
+            end = delta.data_ptr() + length * delta.itemsize
+            for name, x in (("grad", grad), ("mask", mask)):
+                if x is None or not x.numel() or not delta.numel():
+                    continue
+                if x.data_ptr() < end and delta.data_ptr() < x.data_ptr() + span(x)[0] * x.itemsize:
+                    raise ValueError(f"{name}: shares memory with delta, which is changed, expected memory of its own")
     _step_(delta, grad, mask, skipped, *_check_options(step_size, epsilon, norm, scope, ascent))
     return delta
 

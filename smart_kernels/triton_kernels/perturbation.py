@@ -89,11 +89,12 @@ def _plan(top, dd, d_delta, delta_delta, step_size, epsilon, L2: tl.constexpr, A
     # The norm of delta + step, and an upper bound of it with the rounding of the sums and of the result. Without a
     # step, a delta within the ball stays as it is.
     rounding: tl.constexpr = 2.0**-51 if scale.dtype == tl.float64 else 2.0**-22
+    summation: tl.constexpr = 1e-12
     total = tl.sqrt(delta_delta) + length * tl.sqrt(dd)
     square = tl.maximum(delta_delta + length * (2 * d_delta + length * dd), 0)
     still = tl.sqrt(delta_delta)
-    size = tl.where(moves, tl.sqrt(square + 1e-12 * total * total) + rounding * total, still)
-    inflated = tl.where(moves, size, still * (1 + rounding))
+    size = tl.where(moves, tl.sqrt(square + summation * total * total) + rounding * total, still)
+    inflated = tl.where(moves, size, still * (1 + rounding + summation))
     keep = tl.where(size <= epsilon, 1, epsilon / tl.where(inflated == 0, 1, inflated))
     return moves, keep.to(scale.dtype), (length * keep).to(scale.dtype)
 
