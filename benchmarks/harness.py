@@ -749,8 +749,8 @@ def colours(names: Sequence[str], ours: str) -> dict[str, str]:
 def speed_figure(runs: Sequence[Sequence[Case]], title: str, caption: str = "") -> Any:
     """Horizontal bars: how many times faster than the first baseline each kind of peer is, a panel per group of cases.
 
-    A kind is as fast as its fastest spelling, which stands beside its bar, the baseline's below the case. Of several runs the bar is the median, and a
-    line from the least to the most lies on it.
+    A kind is as fast as its fastest spelling, which stands beside its bar, the baseline's below the case. Of several
+    runs the bar is the median, and a line from the least to the most lies on it.
 
     Args:
         runs: the cases of each run.
@@ -788,7 +788,7 @@ def speed_figure(runs: Sequence[Sequence[Case]], title: str, caption: str = "") 
                         draw_bar(axis, place, bar.speed_ups[baseline], bar.fastest, palette[kind], kind == OURS)
             axis.axvline(1, color="#444444", linewidth=1.2)
             axis.set_yticks([place * block + (len(kinds) - 1) / 2 for place in range(len(labels[group]))])
-            axis.set_yticklabels([f"{label}\n{beaten.get((label, group), '')}".strip() for label in labels[group]])
+            axis.set_yticklabels([f"{label}\nvs {beaten.get((label, group), '–')}" for label in labels[group]])
             axis.set_ylim(deepest * block - 1.1, -1.1)
             axis.set_xscale("log")
             axis.set_xlim(low, high)
