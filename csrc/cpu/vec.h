@@ -74,6 +74,8 @@ typedef uint16_t Bits16 __attribute__((vector_size(SK_VECTOR_BYTES / 2)));
 SK_INLINE Vec<float> load(const bf16* p) {
 #if SK_VECTOR_BYTES == 64
   return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#elif SK_VECTOR_BYTES == 32
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
 #else
   Bits16 bits;
   __builtin_memcpy(&bits, p, sizeof bits);
@@ -101,6 +103,10 @@ SK_INLINE void store(bf16* p, Vec<float> x) {
   const Mask<float> rounded = x == x ? bits + (odd + 0x7fff) : Mask<float>{} + 0x7fc00000;
 #if SK_VECTOR_BYTES == 64
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)(rounded >> 16)));
+#elif SK_VECTOR_BYTES == 32
+  const __m256i upper = _mm256_srli_epi32((__m256i)rounded, 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(upper, upper), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 #else
   const Bits16 half = __builtin_convertvector((rounded >> 16) & 0xffff, Bits16);
   __builtin_memcpy(p, &half, sizeof half);
@@ -141,12 +147,33 @@ SK_INLINE void store_some(S* p, V x, int n) {
   __builtin_memcpy(p, lanes, n * sizeof(S));
 }
 
+// b where one of both is NaN, which is what the instructions do; compilers make two of the comparison's form.
 template <typename V>
 SK_INLINE V vmax(V a, V b) {
+#if SK_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+  if constexpr (std::is_same_v<V, Vec<double>>) return (V)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif SK_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm256_max_ps((__m256)a, (__m256)b);
+  if constexpr (std::is_same_v<V, Vec<double>>) return (V)_mm256_max_pd((__m256d)a, (__m256d)b);
+#elif defined(__x86_64__)
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm_max_ps((__m128)a, (__m128)b);
+  if constexpr (std::is_same_v<V, Vec<double>>) return (V)_mm_max_pd((__m128d)a, (__m128d)b);
+#endif
   return a > b ? a : b;
 }
 template <typename V>
 SK_INLINE V vmin(V a, V b) {
+#if SK_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm512_min_ps((__m512)a, (__m512)b);
+  if constexpr (std::is_same_v<V, Vec<double>>) return (V)_mm512_min_pd((__m512d)a, (__m512d)b);
+#elif SK_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm256_min_ps((__m256)a, (__m256)b);
+  if constexpr (std::is_same_v<V, Vec<double>>) return (V)_mm256_min_pd((__m256d)a, (__m256d)b);
+#elif defined(__x86_64__)
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm_min_ps((__m128)a, (__m128)b);
+  if constexpr (std::is_same_v<V, Vec<double>>) return (V)_mm_min_pd((__m128d)a, (__m128d)b);
+#endif
   return a < b ? a : b;
 }
 // x as it would be stored: the compiler may not fuse its last multiplication with what is added to it
@@ -291,7 +318,7 @@ SK_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
   const Vec<T> n = shifted - round;
   const Vec<T> r = (x - n * high) - n * low;
   const Vec<T> y = exp_small<T>(r);
-  const Mask<T> exponent = ((Mask<T>)shifted - (Mask<T>)set1(round)) << mantissa;
+  const Mask<T> exponent = (Mask<T>)shifted << mantissa;  // the bits of `round` itself are shifted out
   return x < lowest ? Vec<T>{} : (Vec<T>)((Mask<T>)y + exponent);
 }
 
