@@ -18,6 +18,9 @@ namespace smart_kernels::SK_ISA {
 
 template <typename T>
 constexpr T kNear = T(0.5);
+// Divergences from where on the rounding of p and q does not show in a gradient, so that p - q is their difference
+template <typename T>
+constexpr T kApart = T(0.25);
 template <typename T>
 constexpr T kInf = std::numeric_limits<T>::infinity();
 template <typename T>
@@ -26,7 +29,8 @@ constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
 // that a long row costs no digits.
 template <typename T>
 constexpr int64_t kBlock = 4096 / sizeof(T);
-constexpr int64_t kMaxTransposed = 96;  // of which what is kept fits in the first cache
+// Of a class four vectors are kept; those of all classes fit in any first cache, and leave room there.
+constexpr int64_t kMaxTransposed = std::min(256, 24576 / (4 * SK_VECTOR_BYTES));
 // Longer rows are done several together, as many as have so many elements at most.
 constexpr int64_t kTogether = 2048;
 constexpr int kMaxTogether = 8;
@@ -268,186 +272,174 @@ double finish(
   return reduce_add<T>(loss);
 }
 
-// Of kLanes rows at once, turned: vector j holds class j of each. What one look at them tells.
+// kLanes rows at once, turned: vector j holds class j of each, with room for a tile that is not full.
 template <typename T>
-struct ShortSurvey {
-  Vec<T> max_a, max_b, centre, spread;
-  Mask<T> undefined, infinite;
-};
-
-template <typename T>
-SK_INLINE ShortSurvey<T> survey_short(const Vec<T>* a, const Vec<T>* b, Vec<T>* d, int cols) {
-  Vec<T> max_a = set1(-kInf<T>), max_b = max_a, centre{}, low = set1(kInf<T>), high = max_a, odd{};
-  for (int j = 0; j < cols; ++j) {
-    d[j] = a[j] - b[j];
-    centre = b[j] > max_b ? d[j] : centre;
-    max_a = vmax(a[j], max_a);
-    max_b = vmax(b[j], max_b);
-    low = vmin(d[j], low);
-    high = vmax(d[j], high);
-    odd += d[j] * T(0);
-  }
-  Mask<T> undefined{}, infinite{};
-  if (any<T>(odd != odd)) {  // a difference is not finite
-    for (int j = 0; j < cols; ++j) {
-      undefined |= ~(a[j] < kInf<T>) | ~(b[j] < kInf<T>);
-      infinite |= (a[j] == -kInf<T>) ^ (b[j] == -kInf<T>);
-    }
-    undefined |= (max_a == -kInf<T>) | (max_b == -kInf<T>);
-    low = set1(kInf<T>);
-    high = -low;
-    for (int j = 0; j < cols; ++j) {
-      const Mask<T> absent = (a[j] == -kInf<T>) & (b[j] == -kInf<T>);
-      d[j] = absent ? centre : d[j];
-      low = vmin(d[j], low);
-      high = vmax(d[j], high);
-    }
-  }
-  return {max_a, max_b, centre, vmax(high - centre, centre - low), undefined, infinite};
-}
-
-// What their gradients follow from, all rows done in one of the two ways. What is cheap to make is made anew from what
-// is kept: to store a vector takes as long as four operations.
-template <typename T, bool near>
-struct ShortRows {
-  const Vec<T>*a, *b, *d;  // near: expm1(d - centre), far: p; exp(b - max_b); a - b
-  const Vec<T>* difference;  // far: p - q
-  Vec<T> centre, inv_b{}, s{}, ratio{}, offset{};
-  Vec<T> loss{}, kl_pq{}, kl_qp{};
-
-  struct Class {
-    Vec<T> p, q, difference, t;
-  };
-  SK_INLINE Class operator[](int j) const {
-    const Vec<T> q = b[j] * inv_b, t = (d[j] - centre) - s;
-    if constexpr (near) {
-      const Vec<T> x = q * (a[j] * ratio + offset);  // q expm1(d - centre - s)
-      return {q + x, q, x, t};
-    } else {
-      return {a[j], q, difference[j], t};
-    }
-  }
-  SK_INLINE Vec<T> grad_a(int j, Vec<T> scale, T own) const {
-    const Class x = (*this)[j];
-    return (x.p * (x.t - kl_pq) * own + x.difference) * scale;
-  }
-  SK_INLINE Vec<T> grad_b(int j, Vec<T> scale, T own) const {
-    const Class x = (*this)[j];
-    return (x.q * (x.t + kl_qp) * own + x.difference) * -scale;
-  }
-};
-
-// The rows' sums; what is kept takes the place of a and b.
-template <typename T, bool near>
-__attribute__((noinline)) ShortRows<T, near> sum_short(
-    Vec<T>* a, Vec<T>* b, const Vec<T>* d, Vec<T>* difference, const ShortSurvey<T>& at, int cols) {
-  ShortRows<T, near> rows{a, b, d, difference, at.centre};
-  Vec<T> sum_a{}, sum_b{}, drift{};
-  for (int j = 0; j < cols; ++j) {
-    b[j] = exp_nonpositive<T>(b[j] - at.max_b);
-    sum_b += b[j];
-    if constexpr (near) {
-      a[j] = expm1_small<T>(d[j] - at.centre);
-      drift += b[j] * a[j];
-    } else {
-      a[j] = exp_nonpositive<T>(a[j] - at.max_a);
-      sum_a += a[j];
-    }
-  }
-  rows.inv_b = T(1) / sum_b;
-  const auto add = [&](Vec<T> p, Vec<T> q, Vec<T> difference, Vec<T> t) SK_LAMBDA {
-    rows.loss += difference * t;
-    rows.kl_pq += p * t;
-    rows.kl_qp -= q * t;
-  };
-  if constexpr (near) {
-    rows.s = log1p<T>(drift / sum_b);
-    rows.offset = expm1_small<T>(-rows.s);
-    rows.ratio = rows.offset + T(1);
-    for (int j = 0; j < cols; ++j) {
-      const auto x = rows[j];
-      add(x.p, x.q, x.difference, x.t);
-    }
-  } else {
-    rows.s = log_positive<T>(sum_a / sum_b) + (at.max_a - at.max_b - at.centre);
-    const Vec<T> inv_a = T(1) / sum_a;
-    for (int j = 0; j < cols; ++j) {
-      const Vec<T> q = b[j] * rows.inv_b, t = (d[j] - at.centre) - rows.s;
-      const Mask<T> close = vabs<T>(t) <= kNear<T>;
-      const Vec<T> x = close ? q * expm1_small<T>(t) : a[j] * inv_a - q, p = close ? q + x : a[j] * inv_a;
-      add(p, q, x, t);
-      difference[j] = x;
-      a[j] = p;
-    }
-  }
-  return rows;
-}
-
-// Rows of both kinds are done both ways, so that the bits of a row never depend on the rows beside it.
-template <typename T>
-struct MixedRows {
-  ShortRows<T, true> near;
-  ShortRows<T, false> far;
-  Mask<T> is_near;
+class ShortRows {
+ public:
+  Vec<T> a[kMaxTransposed + kLanes<T>], b[kMaxTransposed + kLanes<T>];  // logits, then p and q
   Vec<T> loss;
+  Mask<T> undefined, infinite;
 
-  SK_INLINE Vec<T> grad_a(int j, Vec<T> scale, T own) const {
-    return is_near ? near.grad_a(j, scale, own) : far.grad_a(j, scale, own);
+  void run(int cols) {
+    Vec<T> max_a = set1(-kInf<T>), max_b = max_a, low = set1(kInf<T>), high = max_a, odd{};
+    for (int j = 0; j < cols; ++j) {
+      const Vec<T> d = a[j] - b[j];
+      max_a = vmax(a[j], max_a);
+      max_b = vmax(b[j], max_b);
+      low = vmin(d, low);
+      high = vmax(d, high);
+      odd += d * T(0);
+      t_[j] = d;
+    }
+    undefined = infinite = Mask<T>{};
+    const Vec<T> centre = max_a - max_b;
+    if (any<T>(odd != odd)) {  // a difference is not finite: an absent class counts nothing, any other spoils its row
+      undefined = (max_a == -kInf<T>) | (max_b == -kInf<T>);
+      low = high = centre;
+      for (int j = 0; j < cols; ++j) {
+        undefined |= ~(a[j] < kInf<T>) | ~(b[j] < kInf<T>);
+        infinite |= (a[j] == -kInf<T>) ^ (b[j] == -kInf<T>);
+        t_[j] = (a[j] == -kInf<T>) & (b[j] == -kInf<T>) ? centre : t_[j];
+        low = vmin(t_[j], low);
+        high = vmax(t_[j], high);
+      }
+    }
+    const Mask<T> near = vmax(high - centre, centre - low) <= kNear<T>;
+    if (!any<T>(~near)) sum<true, false>(max_a, max_b, near, cols);
+    else if (!any<T>(near)) sum<false, true>(max_a, max_b, near, cols);
+    else sum<true, true>(max_a, max_b, near, cols);
   }
-  SK_INLINE Vec<T> grad_b(int j, Vec<T> scale, T own) const {
-    return is_near ? near.grad_b(j, scale, own) : far.grad_b(j, scale, own);
+
+  // f(j) of the gradient of either side, each times `scale`, and `own` times that where it is not p - q
+  SK_INLINE auto grad_a(Vec<T> scale, Vec<T> own) const {
+    return [=, this, constant = own * kl_pq_](int j)
+               SK_LAMBDA { return a[j] * (t_[j] * own - constant) + rounded(x_[j] * scale); };
   }
+  SK_INLINE auto grad_b(Vec<T> scale, Vec<T> own) const {
+    return [=, this, constant = own * kl_qp_](int j)
+               SK_LAMBDA { return b[j] * (t_[j] * -own - constant) - rounded(x_[j] * scale); };
+  }
+
+ private:
+  // All rows near, all far, or both ways for both kinds: the bits of a row must not depend on the rows beside it.
+  template <bool some_near, bool some_far>
+  __attribute__((noinline)) void sum(Vec<T> max_a, Vec<T> max_b, Mask<T> near, int cols) {
+    const Vec<T> centre = max_a - max_b;
+    Vec<T> sum_a{}, sum_b{}, p_d{}, q_d{}, drift{};
+    for (int j = 0; j < cols; ++j) {
+      const Vec<T> w = exp_nonpositive<T>(b[j] - max_b), d = t_[j] - centre;
+      sum_b += w;
+      if constexpr (some_near) {
+        const Vec<T> e = expm1_small<T>(d);
+        drift += w * e;
+        x_[j] = e;
+      }
+      if constexpr (some_far) {
+        const Vec<T> v = exp_nonpositive<T>(a[j] - max_a);
+        sum_a += v;
+        p_d += v * d;
+        q_d += w * d;
+        a[j] = v;
+      }
+      b[j] = w;
+      t_[j] = d;
+    }
+    const Vec<T> inv_a = T(1) / sum_a, inv_b = T(1) / sum_b, change = drift * inv_b, ratio = T(1) / (change + T(1));
+    const Vec<T> offset = -change * ratio;  // near: exp(-s), expm1(-s)
+    Vec<T> s{}, far_pq{}, far_qp{};
+    if constexpr (some_near) s = log1p<T>(change);
+    if constexpr (some_far) {
+      s = near ? s : log_positive<T>(sum_a * inv_b);
+      far_pq = p_d * inv_a - s;
+      far_qp = s - q_d * inv_b;
+    }
+    const Mask<T> apart = vmin(far_pq, far_qp) >= kApart<T>;
+    const bool all_apart = !any<T>(~apart);
+    Vec<T> loss{}, kl_pq{}, kl_qp{};
+    const auto finish = [&](auto close_ones) SK_LAMBDA {
+      for (int j = 0; j < cols; ++j) {
+        const Vec<T> t = t_[j] - s, q = rounded(b[j] * inv_b);
+        Vec<T> x{}, p{};
+        if constexpr (some_near) {
+          x = q * (x_[j] * ratio + offset);  // q expm1(d - s)
+          p = q + x;
+          kl_pq += p * t;
+          kl_qp -= q * t;
+        }
+        if constexpr (some_far) {
+          const Vec<T> far_p = rounded(a[j] * inv_a);
+          Vec<T> far_x = far_p - q;
+          if constexpr (close_ones) far_x = (vabs<T>(t) <= kNear<T>) & ~apart ? q * expm1_small<T>(t) : far_x;
+          x = near ? x : far_x;
+          p = near ? p : far_p;
+        }
+        loss += x * t;
+        t_[j] = t;
+        x_[j] = x;
+        a[j] = p;
+        b[j] = q;
+      }
+    };
+    if (some_far && all_apart) finish(std::false_type{});
+    else finish(std::true_type{});
+    if constexpr (some_far) {
+      kl_pq = near ? kl_pq : far_pq;
+      kl_qp = near ? kl_qp : far_qp;
+    }
+    this->loss = loss;
+    kl_pq_ = kl_pq;
+    kl_qp_ = kl_qp;
+  }
+
+  Vec<T> t_[kMaxTransposed], x_[kMaxTransposed];  // a - b, d, t = log(p / q) by turns; p - q
+  Vec<T> kl_pq_, kl_qp_;
 };
 
-// Calls f with what the gradients of the rows follow from.
-template <typename T, typename F>
-SK_INLINE void short_rows(Vec<T>* a, Vec<T>* b, const Vec<T>* d, const ShortSurvey<T>& at, int cols, F&& f) {
-  Vec<T> difference[kMaxTransposed];
-  const Mask<T> near = at.spread <= kNear<T>;
-  if (!any<T>(~near)) return f(sum_short<T, true>(a, b, d, difference, at, cols));
-  if (!any<T>(near)) return f(sum_short<T, false>(a, b, d, difference, at, cols));
-  Vec<T> a_near[kMaxTransposed], b_near[kMaxTransposed];
-  std::copy_n(a, cols, a_near), std::copy_n(b, cols, b_near);
-  MixedRows<T> rows{
-      sum_short<T, true>(a_near, b_near, d, nullptr, at, cols), sum_short<T, false>(a, b, d, difference, at, cols), near};
-  rows.loss = near ? rows.near.loss : rows.far.loss;
-  f(rows);
-}
-
-// Some rows in memory, side by side, to vectors of one class each, and back.
-template <typename T>
-void turn_in(const T* rows, int count, int cols, Vec<T>* out) {
+// Some rows in memory, side by side, to vectors of one class each, and back. A last tile that is not full reaches into
+// the rows behind its own; with `more` there are some behind the last as well. On the way back they are written later.
+template <typename T, bool more>
+void turn_in(const T* rows, int cols, Vec<T>* out) {
   constexpr int N = kLanes<T>;
-  int j = 0;
-  if (count == N)
-    for (; j + N <= cols; j += N) {
-      for (int i = 0; i < N; ++i) out[j + i] = load(rows + i * cols + j);
-      transpose<T>(out + j);
+  for (int j = 0; j < cols; j += N) {
+#pragma GCC unroll 32
+    for (int i = 0; i < N; ++i) {
+      const T* const from = rows + i * cols + j;
+      const int left = N * cols - (i * cols + j);
+      out[j + i] = more || left >= N ? load(from) : load_n(from, left, T(0));
     }
-  T* const lanes = reinterpret_cast<T*>(out);
-  for (int i = 0; i < count; ++i)
-    for (int k = j; k < cols; ++k) lanes[k * N + i] = rows[i * cols + k];
+    transpose<T>(out + j);
+  }
 }
-template <typename T, typename F>
-SK_INLINE void turn_out(F&& column, int count, int cols, T* rows) {
+template <typename T, bool more, typename F>
+SK_INLINE void turn_out(F&& column, int cols, T* rows) {
   constexpr int N = kLanes<T>;
-  int j = 0;
-  if (count == N)
-    for (; j + N <= cols; j += N) {
-      Vec<T> tile[N];
+  for (int j = (cols - 1) / N * N; j >= 0; j -= N) {
+    Vec<T> tile[N];
+    if (j + N <= cols)
 #pragma GCC unroll 32
       for (int i = 0; i < N; ++i) tile[i] = column(j + i);
-      transpose<T>(tile);
-#pragma GCC unroll 32
-      for (int i = 0; i < N; ++i) store(rows + i * cols + j, tile[i]);
-    }
-  for (; j < cols; ++j) {
-    const Vec<T> x = column(j);
-    if (count == N)
-#pragma GCC unroll 32
-      for (int i = 0; i < N; ++i) rows[i * cols + j] = x[i];
     else
-      for (int i = 0; i < count; ++i) rows[i * cols + j] = x[i];
+      for (int i = 0; j + i < cols; ++i) tile[i] = column(j + i);
+    transpose<T>(tile);
+#pragma GCC unroll 32
+    for (int i = 0; i < N; ++i) {
+      T* const to = rows + i * cols + j;
+      const int left = N * cols - (i * cols + j);
+      more || left >= N ? store(to, tile[i]) : store_n(to, tile[i], left);
+    }
+  }
+}
+// The same with fewer rows than lanes
+template <typename T>
+void turn_few_in(const T* rows, int count, int cols, Vec<T>* out) {
+  for (int i = 0; i < count; ++i)
+    for (int j = 0; j < cols; ++j) reinterpret_cast<T*>(out)[j * kLanes<T> + i] = rows[i * cols + j];
+}
+template <typename T, typename F>
+SK_INLINE void turn_few_out(F&& column, int count, int cols, T* rows) {
+  for (int j = 0; j < cols; ++j) {
+    const Vec<T> x = column(j);
+    for (int i = 0; i < count; ++i) rows[i * cols + j] = x[i];
   }
 }
 
@@ -633,7 +625,7 @@ class LongRows {
   // Its loss and its gradients
   void write(int i, int64_t index) {
     LongRow<T>& row = rows_[i];
-    const bool apart = !row.near && std::min(row.kl_pq, row.kl_qp) >= T(0.25);
+    const bool apart = !row.near && std::min(row.kl_pq, row.kl_qp) >= kApart<T>;
     double loss = 0;
     for (int64_t k = 0; k < blocks_; ++k) {
       const int64_t at = index * cols_ + begin(k), cols = size(k);
@@ -677,7 +669,7 @@ class LongRows {
 };
 
 template <typename T>
-void run_rows(const SymmetricKLJob& job, int64_t begin, int64_t end) {
+void run_short(const SymmetricKLJob& job, int64_t begin, int64_t end) {
   constexpr int N = kLanes<T>;
   const int64_t cols = job.a.cols();
   const T* const weight = static_cast<const T*>(job.weight);
@@ -688,45 +680,52 @@ void run_rows(const SymmetricKLJob& job, int64_t begin, int64_t end) {
   const T* const row_upstream = job.upstream_rows ? upstream : nullptr;
   const T common = T(job.scale * (upstream && !row_upstream ? upstream[0] : T(1)));
 
-  if (cols <= kMaxTransposed) {
-    Vec<T> a[kMaxTransposed], b[kMaxTransposed], d[kMaxTransposed];
-    const T own = job.detach_targets ? T(0) : T(1);
-    T scratch[kMaxTransposed * N];
-    std::memset(a, 0, cols * sizeof *a);  // lanes that never hold a row hold numbers
-    std::memset(b, 0, cols * sizeof *b);
-    for (int64_t first = begin; first < end; first += N) {
-      const int count = int(std::min<int64_t>(N, end - first));
-      turn_in(rows_in(job.a, first, count, scratch), count, int(cols), a);
-      turn_in(rows_in(job.b, first, count, scratch), count, int(cols), b);
-      Vec<T> scale = set1(common);
-      if (row_upstream) scale *= load_n(row_upstream + first, count, T(0));
-      if (weight) {
-        const Vec<T> factor = load_n(weight + first, count, T(1));
-        scale *= factor;
-        for (int64_t j = 0; j < cols; ++j) {  // without weight: as if the logits were equal
-          a[j] = factor == Vec<T>{} ? Vec<T>{} : a[j];
-          b[j] = factor == Vec<T>{} ? Vec<T>{} : b[j];
-        }
+  ShortRows<T> of;
+  const T own = job.detach_targets ? T(0) : T(1);
+  T scratch[kMaxTransposed * N + N];
+  std::memset(of.a, 0, cols * sizeof *of.a);  // lanes that never hold a row hold numbers
+  std::memset(of.b, 0, cols * sizeof *of.b);
+  for (int64_t first = begin; first < end; first += N) {
+    const int count = int(std::min<int64_t>(N, end - first));
+    const bool more = first + 2 * N <= end;
+    const auto read = [&](const Rows& x, Vec<T>* out) SK_LAMBDA {
+      const T* const rows = rows_in(x, first, count, scratch);
+      if (count < N) turn_few_in(rows, count, int(cols), out);
+      else if (more || rows == scratch) turn_in<T, true>(rows, int(cols), out);
+      else turn_in<T, false>(rows, int(cols), out);
+    };
+    read(job.a, of.a);
+    read(job.b, of.b);
+    Vec<T> scale = set1(common);
+    if (row_upstream) scale *= load_n(row_upstream + first, count, T(0));
+    if (weight) {
+      const Vec<T> factor = load_n(weight + first, count, T(1));
+      scale *= factor;
+      for (int64_t j = 0; j < cols; ++j) {  // without weight: as if the logits were equal
+        of.a[j] = factor == Vec<T>{} ? Vec<T>{} : of.a[j];
+        of.b[j] = factor == Vec<T>{} ? Vec<T>{} : of.b[j];
       }
-      const ShortSurvey<T> at = survey_short<T>(a, b, d, int(cols));
-      scale = at.undefined | at.infinite ? set1(kNan<T>) : scale;
-      short_rows<T>(a, b, d, at, int(cols), [&](const auto& of) SK_LAMBDA {
-        if (losses)
-          store_n(losses + first, at.undefined ? set1(kNan<T>) : at.infinite ? set1(kInf<T>) : of.loss, count);
-        const auto write = [&](const Gradient<T>& grad, auto&& column) SK_LAMBDA {
-          if (!grad.data) return;
-          T* const rows = grad.at(first * cols, scratch);
-          turn_out<T>(column, count, int(cols), rows);
-          grad.round(rows, first * cols, count * cols);
-        };
-        write(grad_a, [&](int j) SK_LAMBDA { return of.grad_a(j, scale, own); });
-        write(grad_b, [&](int j) SK_LAMBDA { return of.grad_b(j, scale, own); });
-      });
     }
-    return;
+    of.run(int(cols));
+    scale = of.undefined | of.infinite ? set1(kNan<T>) : scale;
+    if (losses) store_n(losses + first, of.undefined ? set1(kNan<T>) : of.infinite ? set1(kInf<T>) : of.loss, count);
+    const auto write = [&](const Gradient<T>& grad, auto&& column) SK_LAMBDA {
+      if (!grad.data) return;
+      T* const rows = grad.at(first * cols, scratch);
+      if (count < N) turn_few_out<T>(column, count, int(cols), rows);
+      else if (more || rows == scratch) turn_out<T, true>(column, int(cols), rows);
+      else turn_out<T, false>(column, int(cols), rows);
+      grad.round(rows, first * cols, count * cols);
+    };
+    write(grad_a, of.grad_a(scale, scale * own));
+    write(grad_b, of.grad_b(scale, scale * own));
   }
+}
 
-  LongRows<T>(job).run(begin, end);
+template <typename T>
+void run_rows(const SymmetricKLJob& job, int64_t begin, int64_t end) {
+  if (job.a.cols() <= kMaxTransposed) run_short<T>(job, begin, end);
+  else LongRows<T>(job).run(begin, end);
 }
 
 void symmetric_kl_rows(const SymmetricKLJob& job, int64_t begin, int64_t end) {

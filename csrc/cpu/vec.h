@@ -42,6 +42,13 @@ template <typename T>
 SK_INLINE void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
+// A mask of the first n lanes
+template <typename T>
+SK_INLINE Mask<T> first_lanes(int n) {
+  Mask<T> lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  return lane < n;
+}
 // The first n lanes from memory, the others `fill`
 template <typename T>
 SK_INLINE Vec<T> load_n(const T* p, int n, T fill) {
@@ -49,6 +56,11 @@ SK_INLINE Vec<T> load_n(const T* p, int n, T fill) {
 #if SK_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<T, float>) return (Vec<T>)_mm512_mask_loadu_ps((__m512)v, (1u << n) - 1, p);
   else return (Vec<T>)_mm512_mask_loadu_pd((__m512d)v, (1u << n) - 1, p);
+#elif SK_VECTOR_BYTES == 32
+  const Mask<T> wanted = first_lanes<T>(n);
+  if constexpr (std::is_same_v<T, float>) v = wanted ? (Vec<T>)_mm256_maskload_ps(p, (__m256i)wanted) : v;
+  else v = wanted ? (Vec<T>)_mm256_maskload_pd(p, (__m256i)wanted) : v;
+  return v;
 #endif
   __builtin_memcpy(&v, p, n * sizeof(T));
   return v;
@@ -58,6 +70,9 @@ SK_INLINE void store_n(T* p, Vec<T> v, int n) {
 #if SK_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v);
   else return _mm512_mask_storeu_pd(p, (1u << n) - 1, (__m512d)v);
+#elif SK_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<T, float>) return _mm256_maskstore_ps(p, (__m256i)first_lanes<T>(n), (__m256)v);
+  else return _mm256_maskstore_pd(p, (__m256i)first_lanes<T>(n), (__m256d)v);
 #endif
   __builtin_memcpy(p, &v, n * sizeof(T));
 }
@@ -237,6 +252,30 @@ SK_INLINE Vec<T> cross(Vec<T> x, Vec<T> y, std::index_sequence<lane...>) {
 }
 template <typename T, int step = 1>
 SK_INLINE void transpose(Vec<T>* x) {
+#if SK_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<T, float>) {  // every exchange by one instruction, which the general way is not
+    Vec<T> y[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+      y[i] = (Vec<T>)_mm256_unpacklo_ps((__m256)x[i], (__m256)x[i + 1]);
+      y[i + 1] = (Vec<T>)_mm256_unpackhi_ps((__m256)x[i], (__m256)x[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {  // columns i and i + 4 of rows i to i + 3, and so on
+      x[i] = (Vec<T>)_mm256_shuffle_ps((__m256)y[i], (__m256)y[i + 2], 0x44);
+      x[i + 1] = (Vec<T>)_mm256_shuffle_ps((__m256)y[i], (__m256)y[i + 2], 0xee);
+      x[i + 2] = (Vec<T>)_mm256_shuffle_ps((__m256)y[i + 1], (__m256)y[i + 3], 0x44);
+      x[i + 3] = (Vec<T>)_mm256_shuffle_ps((__m256)y[i + 1], (__m256)y[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Vec<T> lower = (Vec<T>)_mm256_permute2f128_ps((__m256)x[i], (__m256)x[i + 4], 0x20);
+      x[i + 4] = (Vec<T>)_mm256_permute2f128_ps((__m256)x[i], (__m256)x[i + 4], 0x31);
+      x[i] = lower;
+    }
+    return;
+  }
+#endif
   if constexpr (step < kLanes<T>) {
 #pragma GCC unroll 32
     for (int i = 0; i < kLanes<T>; ++i)
