@@ -137,9 +137,9 @@ def test_accuracy_of_awkward_rows(kl: type[Kernel], dtype: torch.dtype, cols: in
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("cols", [2000, 5000])
-def test_accuracy_of_rows_that_change_on_the_way(kl: type[Kernel], dtype: torch.dtype, cols: int) -> None:
+def test_accuracy_of_rows_that_change_on_the_way(kl: type[Kernel], dtype: torch.dtype) -> None:
     """Long rows are gone through piece by piece: what is learned late must mend what was done before."""
+    cols = 3000
     base, noise = torch.randn(2, cols, dtype=torch.float64)
     place = torch.linspace(0, 1, cols, dtype=torch.float64)
     late = (place > 0.8).double()

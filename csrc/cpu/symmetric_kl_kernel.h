@@ -113,7 +113,7 @@ template <typename T>
 struct LongRow {
   const void *a, *b;   // where it lies
   T scale;             // of its gradients
-  T *wait_a, *wait_b;  // where its exponentials wait
+  T *wait_a, *wait_b;  // where its exponentials wait, if they may
   Block<T>* blocks;
   bool counts;         // still: there is something to find out
   bool careful = false;  // classes may be absent, sums of some classes may overflow
@@ -449,6 +449,7 @@ void widen(const S* x, int64_t stride, int64_t cols, T* out) {
   constexpr int N = kLanes<T>;
   int64_t j = 0;
   if (stride == 1) {
+#pragma GCC unroll 4
     for (; j + N <= cols; j += N) store(out + j, load(x + j));
     if (j < cols) store_n(out + j, load_some(x + j, int(cols - j)), int(cols - j));
   } else {
@@ -459,6 +460,7 @@ template <typename T, typename S>
 void narrow(const T* x, int64_t cols, S* out) {
   constexpr int N = kLanes<T>;
   int64_t j = 0;
+#pragma GCC unroll 4
   for (; j + N <= cols; j += N) store(out + j, load(x + j));
   if (j < cols) store_some(out + j, load_some(x + j, int(cols - j)), int(cols - j));
 }
@@ -525,7 +527,7 @@ class LongRows {
         grad_a_{static_cast<char*>(job.grad_a), job.a.dtype()},
         grad_b_{static_cast<char*>(job.grad_b), job.b.dtype()},
         side_(std::min(cols_, kBlock<T>)),
-        room_(new T[2 * (together_ + 1) * side_ + (job.wait ? 2 * together_ * cols_ : 0)]),
+        room_(new T[2 * (together_ + 1) * side_ + (waits_apart() ? 2 * together_ * cols_ : 0)]),
         done_(new Block<T>[together_ * blocks_]) {}
 
   void run(int64_t begin, int64_t end) {
@@ -549,6 +551,8 @@ class LongRows {
   }
 
  private:
+  bool waits_apart() const { return job_.wait && !(grad_a_.direct() && grad_b_.direct()); }
+  T* waiting(T* row, int64_t at) const { return job_.wait ? row + at : nullptr; }
   int64_t begin(int64_t block) const { return block * kBlock<T>; }
   int64_t size(int64_t block) const { return std::min(kBlock<T>, cols_ - begin(block)); }
   const T* a(int i, int64_t k) { return columns_in(job_.a, rows_[i].a, begin(k), size(k), room_.get() + 2 * i * side_); }
@@ -563,9 +567,12 @@ class LongRows {
     const T scale = upstream ? upstream[job_.upstream_rows ? index : 0] : T(1);
     LongRow<T>& row = rows_[i];
     row = {job_.a.row(index), job_.b.row(index), T(job_.scale) * scale * factor};
-    T* const wait = room_.get() + 2 * (together_ + 1) * side_ + 2 * i * cols_;
-    row.wait_a = grad_a_.at(index * cols_, wait);
-    row.wait_b = grad_b_.at(index * cols_, wait + cols_);
+    if (job_.wait) {
+      const int64_t each = waits_apart() ? cols_ : 0;
+      T* const wait = room_.get() + (waits_apart() ? 2 * (together_ + 1) * side_ + 2 * i * cols_ : 0);
+      row.wait_a = grad_a_.at(index * cols_, wait);
+      row.wait_b = grad_b_.at(index * cols_, wait + each);
+    }
     row.blocks = done_.get() + i * blocks_;
     row.counts = factor != T(0);
   }
@@ -584,10 +591,10 @@ class LongRows {
     advance(row, at, block);
     const int64_t step = row.careful ? 2 * kLanes<T> : kBlock<T>, cols = size(k);
     for (int64_t j = 0; j < cols; j += step) {
-      const int64_t at = begin(k) + j;
+      T *const wait_a = waiting(row.wait_a, begin(k) + j), *const wait_b = waiting(row.wait_b, begin(k) + j);
       const auto each = [&](auto near, auto wait) SK_LAMBDA {
         gather<T, near, wait>(
-            row, a_[i] + j, b_[i] + j, std::min(step, cols - j), row.wait_a + at, row.wait_b + at);
+            row, a_[i] + j, b_[i] + j, std::min(step, cols - j), wait_a, wait_b);
       };
       const auto one = [&](auto near) SK_LAMBDA { job_.wait ? each(near, std::true_type{}) : each(near, std::false_type{}); };
       block.near ? one(std::true_type{}) : one(std::false_type{});
@@ -639,7 +646,8 @@ class LongRows {
         const auto go = [&]<Way way>(std::integral_constant<Way, way>) SK_LAMBDA {
           const bool waiting = job_.wait && block.done && (way == Way::near || !block.near);
           const auto f = waiting ? finish<T, way, true> : finish<T, way, false>;
-          return f(row, block, a_[i], b_[i], cols, row.wait_a + begin(k), row.wait_b + begin(k), want);
+          const T *const wait_a = this->waiting(row.wait_a, begin(k)), *const wait_b = this->waiting(row.wait_b, begin(k));
+          return f(row, block, a_[i], b_[i], cols, wait_a, wait_b, want);
         };
         loss += row.near ? go(std::integral_constant<Way, Way::near>{})
                 : apart  ? go(std::integral_constant<Way, Way::apart>{})
