@@ -26,21 +26,21 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from harness import (
+    OURS,
     RESULTS,
     Peer,
     Report,
     first_line,
     format_table,
-    headline,
     measure,
     measure_steps,
     progress_bar,
-    speed_figure,
 )
 from smart_kernels import ema_update_
 
-OURS = "smart_kernels"
-BASELINES = ["torch._foreach_lerp_", "lerp_ per tensor"]
+BASELINES = ("eager", "torch.compile")
+COMPILED_TENSORS = 500
+"""Longer lists are not compiled: inductor writes code for every tensor; 2000 keep it busy for over five minutes."""
 DECAY = 0.999
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PAIRS = ("fp32-fp32", "fp32-bf16", "bf16-bf16")
@@ -106,19 +106,32 @@ def ours(shadows: Tensors, parameters: Tensors, *_: Any, stochastic_rounding: bo
 STOCHASTIC = f"{OURS}, stochastic"
 
 
-def ways(shadow_dtype: torch.dtype) -> dict[str, Callable[..., None]]:
-    """Everyone, by the name in tables. The last is another result: it is right on average."""
-    found: dict[str, Callable[..., None]] = {
-        "lerp_ per tensor": lerp,
-        "mul_ and add_ per tensor": mul_add,
-        "torch._foreach_lerp_": foreach_lerp,
-        "torch._foreach_mul_, add_": foreach_mul_add,
-        "AveragedModel": averaged_model,
-        "ema-pytorch": ema_pytorch,
-        OURS: ours,
-    }
+Update = Callable[..., None]
+SPELLINGS: dict[str, Update] = {
+    "lerp_": lerp,
+    "mul_ and add_": mul_add,
+    "_foreach_lerp_": foreach_lerp,
+    "_foreach_mul_, add_": foreach_mul_add,
+}
+
+
+def compiled(update: Update) -> Update:
+    """With the lists alone for its arguments: modules would be guarded one by one."""
+    lists_alone = torch.compile(lambda shadows, parameters: update(shadows, parameters), dynamic=False)
+    return lambda shadows, parameters, *_: lists_alone(shadows, parameters)
+
+
+def ways(shadow_dtype: torch.dtype, tensors: int) -> list[Peer]:
+    """Everyone, for lists of so many tensors. The last is another result: it is right on average."""
+    found = [Peer(f"eager, {name}", update, "eager") for name, update in SPELLINGS.items()]
+    if tensors <= COMPILED_TENSORS:
+        found += [
+            Peer(f"torch.compile, {name}", compiled(SPELLINGS[name]), "torch.compile")
+            for name in ("lerp_", "_foreach_lerp_")
+        ]
+    found += [Peer("AveragedModel", averaged_model), Peer("ema-pytorch", ema_pytorch), Peer(OURS, ours)]
     if shadow_dtype.itemsize == 2:
-        found[STOCHASTIC] = partial(ours, stochastic_rounding=True)
+        found.append(Peer(STOCHASTIC, partial(ours, stochastic_rounding=True)))
     return found
 
 
@@ -159,7 +172,7 @@ def measure_exactness(report: Report, device: str) -> None:
     for pair in PAIRS:
         dtypes = dtypes_of(pair)
         figures[pair] = {}
-        for name, update in ways(dtypes[0]).items():
+        for peer in ways(dtypes[0], tensors=1):
             shadow, parameter = (
                 torch.full((4096,), x, device=device).to(d) for x, d in zip((begin, end), dtypes, strict=True)
             )
@@ -167,13 +180,16 @@ def measure_exactness(report: Report, device: str) -> None:
             e = (p + torch.randn(1 << 16, device=device)).to(dtypes[0])
             exact = e.double() + (1 - DECAY) * (p.double() - e.double())
             try:
-                update([e], [p])
+                peer.call([e], [p])
                 for _ in range(steps):
-                    update([shadow], [parameter])
+                    peer.call([shadow], [parameter])
             except TypeError:  # works on modules: what it calls is among the others
                 continue
+            except Exception as error:  # as in `measure`: a guest that fails is left out
+                report.note(f"{peer.name} is left out: {first_line(error)}")
+                continue
             place = torch.exp2(exact.abs().log2().floor()) * torch.finfo(e.dtype).eps
-            figures[pair][name] = ((e.double() - exact).abs() / place).max().item(), shadow.double().mean().item()
+            figures[pair][peer.name] = ((e.double() - exact).abs() / place).max().item(), shadow.double().mean().item()
     report.figures["exactness"] = {"after_1000_updates": truth, "largest_error_in_places_and_mean": figures}
     columns = [
         "shadow-parameter",
@@ -213,12 +229,15 @@ def measure_speed(report: Report, args: argparse.Namespace, progress: Callable[[
             report.note(f"{name} is left out: {first_line(error)}")
             continue
         elements = sum(map(math.prod, shapes))
+        if len(shapes) > COMPILED_TENSORS:
+            report.note(f"torch.compile is left out of lists of more than {COMPILED_TENSORS} tensors")
         for pair in args.dtypes:
+            torch.compiler.reset()  # one list, one graph
             e, p = dtypes_of(pair)
             report.add(
                 measure(
                     f"{name}, {len(shapes)} tensors, {elements / 1e6:.0f} M",
-                    [Peer(way, update) for way, update in ways(e).items()],
+                    ways(e, len(shapes)),
                     partial(make_inputs, shapes, (e, p), args.device),
                     baselines=BASELINES,
                     group=pair.replace("-", " ← "),
@@ -240,16 +259,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--full", action="store_true", help="more rounds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and the figure (%(default)s)")
     args = parser.parse_args(argv)
-    report = Report("bench_ema", vars(args), args.device)
-    steps = len(args.lists) * sum(measure_steps(ways(dtypes_of(pair)[0])) for pair in args.dtypes)
+    report = Report("bench_ema", vars(args), args.device, "Moving average: times faster than eager")
+    steps = len(args.lists) * sum(measure_steps(ways(dtypes_of(pair)[0], 1)) for pair in args.dtypes)
     with torch.no_grad(), progress_bar(steps, "bench_ema") as progress:
         measure_exactness(report, args.device)
         measure_speed(report, args, progress)
     print(report.table())
-    title = f"Moving average: times faster than {BASELINES[0]}"
-    figure = speed_figure(report.cases, OURS, title, headline(report.machine))
-    plots = {} if figure is None else {"speed": figure}
-    print("\nwritten in", f"{time.perf_counter() - begin:.0f} s:", *report.save(args.out, plots))
+    paths = report.save(args.out, {"speed": report.speed_figure()})
+    print("\nwritten in", f"{time.perf_counter() - begin:.0f} s:", *paths)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 import real_data
 from harness import (
+    OURS,
     RESULTS,
     Peer,
     Report,
@@ -38,11 +39,9 @@ from harness import (
     measure_steps,
     plotting,
     progress_bar,
-    speed_figure,
 )
 from smart_kernels import symmetric_kl, symmetric_kl_grad
 
-OURS = "smart_kernels"
 SHAPES = ("32x3", "4096x3", "512x128", "4096x1000", "256x30522", "64x131072")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EPSILONS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -57,11 +56,46 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 # ------------------------------------------------------------------------------------- the ways to compute it
 
 
-def eager(a: Tensor, b: Tensor) -> Tensor:
+def two_kl_div(a: Tensor, b: Tensor) -> Tensor:
     """Two `kl_div`s in fp32, as autocast runs them, with the gradients of both arguments."""
-    log_p, log_q = F.log_softmax(a, -1, dtype=torch.float32), F.log_softmax(b, -1, dtype=torch.float32)
-    p, q = F.softmax(a, -1, dtype=torch.float32), F.softmax(b, -1, dtype=torch.float32)
+    (log_p, log_q), (p, q) = log_softmaxes(a, b), softmaxes(a, b)
     return F.kl_div(log_q, p, reduction="batchmean") + F.kl_div(log_p, q, reduction="batchmean")
+
+
+def log_target(a: Tensor, b: Tensor) -> Tensor:
+    """The same with logarithms for targets: two softmaxes fewer."""
+    log_p, log_q = log_softmaxes(a, b)
+    divergence = partial(F.kl_div, reduction="batchmean", log_target=True)
+    return divergence(log_q, log_p) + divergence(log_p, log_q)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Both divergences in one sum: (p - q) (log p - log q)."""
+    log_p, log_q = log_softmaxes(a, b)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum() / a.size(0)
+
+
+def product_of_logits(a: Tensor, b: Tensor) -> Tensor:
+    """As p - q sums to 0, log p - log q may be off by a constant: (p - q) (a - b), with no logarithm."""
+    p, q = softmaxes(a, b)
+    return ((p - q) * (a.float() - b.float())).sum() / a.size(0)
+
+
+def log_softmaxes(*logits: Tensor) -> list[Tensor]:
+    return [F.log_softmax(x, -1, dtype=torch.float32) for x in logits]
+
+
+def softmaxes(*logits: Tensor) -> list[Tensor]:
+    return [F.softmax(x, -1, dtype=torch.float32) for x in logits]
+
+
+SPELLINGS: dict[str, Loss] = {
+    "two kl_div": two_kl_div,
+    "log_target": log_target,
+    "product": product,
+    "product of logits": product_of_logits,
+}
+"""All that give the loss and its whole gradient."""
 
 
 def smart_pytorch(a: Tensor, b: Tensor) -> Tensor:
@@ -93,24 +127,30 @@ def liger() -> Loss:
     return both_ways
 
 
-WHOLE = ("eager", "torch.compile", OURS)
-"""What has the gradient of the symmetric KL; all others treat the target of each divergence as a constant."""
+BASELINES = ("eager", "torch.compile")
+"""Of these kinds are all spellings, which have the gradient of the symmetric KL, as ours has; all others treat the
+target of each divergence as a constant."""
 
 
-def implementations(report: Report, device: str) -> dict[str, Loss]:
-    """All that can run here, by the name in tables; a note for what cannot."""
-    found: dict[str, Loss] = {
-        "eager": eager,
-        "torch.compile": torch.compile(eager, dynamic=False),
-        "smart-pytorch": smart_pytorch,
-        "mt-dnn": stable_kl_both_ways,
-    }
+def implementations(report: Report, device: str) -> list[Peer]:
+    """All that can run here, ours last; a note for what cannot. What is called is a loss."""
+    found = [Peer(f"eager, {name}", loss, "eager") for name, loss in SPELLINGS.items()]
+    found += [
+        Peer(f"torch.compile, {name}", torch.compile(loss, dynamic=False), "torch.compile")
+        for name, loss in SPELLINGS.items()
+    ]
+    found += [Peer("smart-pytorch", smart_pytorch), Peer("mt-dnn", stable_kl_both_ways)]
     if torch.device(device).type == "cuda":
         try:
-            found["Liger"] = liger()
+            found.append(Peer("Liger", liger()))
         except Exception as error:  # an optional guest, whatever keeps it from coming
             report.note(f"Liger is left out: {first_line(error)}")
-    return {**found, OURS: symmetric_kl}
+    return [*found, Peer(OURS, symmetric_kl)]
+
+
+def whole(peer: Peer) -> bool:
+    """Whether a peer has the whole gradient."""
+    return peer.kind in (*BASELINES, OURS)
 
 
 def gradients(loss: Loss, a: Tensor, b: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -204,16 +244,16 @@ def measure_accuracy(report: Report, device: str, progress: Callable[[str], obje
     accuracy: dict[str, Any] = {}
     for head, pairs in heads.items():
         torch.compiler.reset()
-        ways = implementations(report, device)
-        ours = ways.pop(OURS)
-        ways |= {"mt-dnn, one way": stable_kl, OURS: ours}
+        *others, ours = implementations(report, device)
+        ways = {peer.name: peer for peer in (*others, Peer("mt-dnn, one way", stable_kl), ours)}
         found: dict[str, dict[str, list[float]]] = {name: {"loss": [], "gradient": []} for name in ways}
         for (a, b), epsilon in zip(pairs, EPSILONS, strict=True):
             progress(f"accuracy: {head}, ε = {power_text(epsilon)}")
             true_loss, true_grad, difference = truth(a, b)
             for name in list(found):
                 try:
-                    both = errors(ways[name], a, b, true_loss, true_grad if name in WHOLE else difference)
+                    grad = true_grad if whole(ways[name]) else difference
+                    both = errors(ways[name].call, a, b, true_loss, grad)
                 except Exception as error:  # as in `measure`: a guest that fails is left out
                     report.note(f"{name} is left out: {first_line(error)}")
                     del found[name]
@@ -224,7 +264,8 @@ def measure_accuracy(report: Report, device: str, progress: Callable[[str], obje
         accuracy[head] = {"epsilon": EPSILONS, "largest_difference_of_logits": distance, "relative_error": found}
     report.figures["accuracy"] = accuracy
     report.texts += [accuracy_table(accuracy, quantity) for quantity in ("loss", "gradient")]
-    report.texts[-1] += f"\nof the whole gradient for {', '.join(WHOLE)}; for the others, of the p - q that they mean"
+    means = f"of the whole gradient for {', '.join(BASELINES)} and {OURS}; for the others, of the p - q that they mean"
+    report.texts[-1] += f"\n{means}"
 
 
 def accuracy_table(accuracy: dict[str, Any], quantity: str) -> str:
@@ -253,7 +294,11 @@ def accuracy_figure(accuracy: dict[str, Any], title: str, caption: str) -> Any:
     with plotting() as plt:
         if plt is None:
             return None
-        names = list(dict.fromkeys(name for figures in accuracy.values() for name in figures["relative_error"]))
+        names = [
+            name
+            for name in dict.fromkeys(name for figures in accuracy.values() for name in figures["relative_error"])
+            if not name.startswith("torch.compile")  # which rounds as eager does
+        ]
         palette = colours(names, OURS)
         figure, axes = plt.subplots(2, len(accuracy), figsize=(11, 8.2), squeeze=False, sharex=True, sharey=True)
         for column, (head, figures) in enumerate(accuracy.items()):
@@ -272,11 +317,11 @@ def accuracy_figure(accuracy: dict[str, Any], title: str, caption: str) -> Any:
 def draw_errors(axis: Any, figures: dict[str, Any], quantity: str, palette: dict[str, str]) -> None:
     """One panel: a line per implementation, ours on top; above an error of 1 nothing of the value is left."""
     found = figures["relative_error"]
-    looks = {OURS: ("-", 3, 7), "eager": ("-", 5, 9), "torch.compile": ("--", 1.6, 4)}  # lines that may coincide
-    for name in sorted(found, key=lambda name: (name == OURS, name != "eager")):
-        heights = [max(error, 1e-9) for error in found[name][quantity]]
-        line, width, size = looks.get(name, ("-", 1.6, 4))
-        axis.plot(figures["epsilon"], heights, line, color=palette[name], marker="o", lw=width, ms=size, clip_on=False)
+    for name in palette:
+        if name in found:
+            heights = [max(error, 1e-9) for error in found[name][quantity]]
+            width, size = (3, 7) if name == OURS else (1.6, 4)
+            axis.plot(figures["epsilon"], heights, color=palette[name], marker="o", lw=width, ms=size, clip_on=False)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_ylim(1e-9, 1e7)
@@ -308,8 +353,8 @@ def measure_speed(report: Report, args: argparse.Namespace, progress: Callable[[
         for rows, classes in args.shapes:
             torch.compiler.reset()  # one shape, one graph: no recompilation with sizes left open
             peers = [
-                Peer(name, partial(gradients if both else one_gradient, loss))
-                for name, loss in implementations(report, args.device).items()
+                Peer(peer.name, partial(gradients if both else one_gradient, peer.call), peer.kind)
+                for peer in implementations(report, args.device)
             ]
             if not both:
                 peers[-1] = Peer(OURS, symmetric_kl_grad)
@@ -325,7 +370,7 @@ def measure_speed(report: Report, args: argparse.Namespace, progress: Callable[[
                     f"{rows}×{classes}",
                     peers,
                     inputs,
-                    baselines=["eager", "torch.compile"],
+                    baselines=BASELINES,
                     group=dtype_name if both else f"{dtype_name}, one gradient",
                     bytes_moved=(4 if both else 3) * rows * classes * dtype.itemsize,  # logits read, gradients written
                     outputs=2 if both else 1,
@@ -371,7 +416,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     begin, args = time.perf_counter(), arguments(argv)
-    report = Report("bench_kl", vars(args), args.device)
+    title = "Symmetric KL with both gradients, and one gradient alone: times faster than eager"
+    report = Report("bench_kl", vars(args), args.device, title)
     peers = implementations(report, args.device)
     steps = len(args.shapes) * len(speed_cases(args.dtypes)) * measure_steps(peers)
     with progress_bar(steps + (0 if args.skip_accuracy else 1 + 2 * len(EPSILONS)), "bench_kl") as progress:
@@ -379,18 +425,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             measure_accuracy(report, args.device, progress)
         measure_speed(report, args, progress)
     print(report.table())
-    caption = headline(report.machine)
-    plots = {
-        "speed": speed_figure(
-            report.cases,
-            OURS,
-            "Symmetric KL with both gradients, and one gradient alone: times faster than eager",
-            caption,
-        )
-    }
+    plots = {"speed": report.speed_figure()}
     if not args.skip_accuracy:
         plots["error"] = accuracy_figure(
-            report.figures["accuracy"], "Symmetric KL: what is left of it at small perturbations", caption
+            report.figures["accuracy"],
+            "Symmetric KL: what is left of it at small perturbations",
+            headline(report.machine),
         )
     if None in plots.values():
         print("No figures: matplotlib is not installed")

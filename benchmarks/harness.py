@@ -4,12 +4,17 @@ A benchmark builds a list of `Peer`s, calls `measure` once per case, collects th
 saves it. Nothing here asserts a time, and nothing here knows what is being measured:
 
     report = Report("bench_thing", arguments=vars(args))
+    peers = [Peer("eager, product", product, "eager"), Peer("eager, kl_div", kl_div, "eager"), Peer(OURS, ours)]
     with progress_bar(len(shapes) * measure_steps(peers), "thing") as progress:
         for shape in shapes:
             make = lambda: (torch.randn(shape), torch.randn(shape))
             report.add(measure(label, peers, make, bytes_moved=..., outputs=1, baselines=["eager"], progress=progress))
     print(report.table())
-    report.save(args.out, {"speed": speed_figure(report.cases, ours="smart_kernels", title="...")})
+    report.save(args.out, {"speed": report.speed_figure()})
+
+There are several spellings of most things, and none is the fastest for all shapes. Peers of one kind are spellings of
+the same; in each case the fastest of a kind stands for it, by name, in every ratio. `runs.py` puts several runs
+together.
 
 Tables of other figures are made with `format_table` and go to `report.texts`, the figures themselves to
 `report.figures`; other plots are drawn within `plotting()` and get their titles and legend from `finish`.
@@ -39,6 +44,7 @@ from torch.utils._pytree import tree_leaves
 import smart_kernels
 
 RESULTS = Path(__file__).resolve().parent / "results"
+OURS = "smart_kernels"
 CACHED_BYTES = 1 << 20
 """Inputs up to this size lie in cache for a user too: whatever made them has just written them."""
 
@@ -53,10 +59,23 @@ COPY_FRESH, COPY_REUSED = "copy, fresh memory", "copy, reused memory"
 
 @dataclass(frozen=True)
 class Peer:
-    """One way of doing the work: a name for the table, and what is called with a tuple of inputs."""
+    """One way of doing the work: a name for the table, what is called with a tuple of inputs, and what it is a way of.
+
+    Peers of one kind do the same by the same means, spelled otherwise: "eager, two kl_div" and "eager, product" are of
+    the kind "eager". Without one, the name is the kind.
+    """
 
     name: str
     call: Callable[..., object]
+    kind: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", self.kind or self.name)
+
+
+def spelling(name: str, kind: str) -> str:
+    """A peer's name without its kind: "product" for "eager, product", nothing where the kind is the name."""
+    return name.removeprefix(kind).removeprefix(", ")
 
 
 @dataclass(frozen=True)
@@ -64,6 +83,7 @@ class Timing:
     """Seconds per call of one peer, over all rounds; bytes allocated at its peak beyond what stood before."""
 
     name: str
+    kind: str
     median: float
     lower: float
     upper: float
@@ -74,7 +94,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Case:
-    """All that was measured on one set of inputs."""
+    """All that was measured on one set of inputs; `baselines` are the kinds of peers that speed-ups refer to."""
 
     label: str
     group: str
@@ -88,9 +108,13 @@ class Case:
         """The timing of a peer; None where it was skipped."""
         return next((t for t in self.timings if t.name == name), None)
 
+    def fastest(self, kind: str) -> Timing | None:
+        """Of the spellings of one kind the one with the least median; None where all were skipped."""
+        return min((t for t in self.timings if t.kind == kind), key=lambda t: t.median, default=None)
+
     def speed_up(self, name: str, over: str) -> float:
-        """How many times faster a peer's median is than another's; NaN where one is missing."""
-        ours, theirs = self.timing(name), self.timing(over)
+        """How many times faster a peer's median is than that of the fastest of a kind; NaN where one is missing."""
+        ours, theirs = self.timing(name), self.fastest(over)
         return theirs.median / ours.median if ours and theirs else math.nan
 
     def speed_ups(self, over: str) -> dict[str, float]:
@@ -133,7 +157,7 @@ def measure(
         peers: who takes part. One that raises is left out, with its reason in `skipped`.
         inputs: makes one set of inputs. Sets are made until together they exceed the cache twice, and calls
             rotate through them; sets of less than `CACHED_BYTES` are used as they are.
-        baselines: the peers that speed-ups refer to, a column each; plots take the first.
+        baselines: the kinds of peers that speed-ups refer to, each by its fastest, a column each; plots take the first.
         group: cases of one group share a panel of the plot, for instance a dtype.
         bytes_moved: bytes read plus bytes written by any version; None where no copy is the limit.
         outputs: how many tensors any version allocates and returns; 0 for an op in place.
@@ -164,7 +188,8 @@ def measure(
     progress(f"{label} {group}: rounds")
     clock = _CudaClock(device, flush=not small) if torch.device(device).type == "cuda" else _cpu_clock
     samples, calls = rounds([*alive, *copies], sets, clock, budget_s=budget_s, min_rounds=min_rounds, single=not small)
-    timings = [summarise(name, times, calls[name], peaks.get(name)) for name, times in samples.items()]
+    kinds = {peer.name: peer.kind for peer in (*alive, *copies)}
+    timings = [summarise(name, times, calls[name], peaks.get(name), kinds[name]) for name, times in samples.items()]
     return Case(label, group, tuple(baselines), bytes_moved, timings[: len(alive)], timings[len(alive) :], skipped)
 
 
@@ -222,11 +247,13 @@ def rounds(
     return samples, calls
 
 
-def summarise(name: str, seconds: Sequence[float], calls_per_round: int, peak: int | None) -> Timing:
+def summarise(
+    name: str, seconds: Sequence[float], calls_per_round: int, peak: int | None = None, kind: str = ""
+) -> Timing:
     """Median and quartiles of one peer's seconds per call."""
     several = seconds if len(seconds) > 1 else [*seconds, *seconds]
     lower, median, upper = statistics.quantiles(several, n=4, method="inclusive")
-    return Timing(name, median, lower, upper, len(seconds), calls_per_round, peak)
+    return Timing(name, kind or name, median, lower, upper, len(seconds), calls_per_round, peak)
 
 
 def _cpu_clock(call: Callable[[], object], times: int) -> float:
@@ -428,6 +455,7 @@ def three_digits(value: float) -> str:
 
 
 LEGEND = """\
+× eager and the like: times faster than the fastest of that kind, which is the one at 1.00×
 quartiles: half of all rounds lie between · must move: bytes read and written by any version · of copy: time of a
 plain copy of that many bytes over the median · peak extra: allocated at the peak, beyond the inputs"""
 
@@ -456,6 +484,86 @@ def case_rows(cases: Sequence[Case]) -> tuple[list[str], list[list[str] | None]]
     return columns, rows
 
 
+# ------------------------------------------------------------------------------ what runs say of us together
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One case in one or several runs: for each kind of peers how many times faster than its best a peer of ours is.
+
+    Attributes:
+        label: of the case.
+        group: of the case.
+        fastest: the spelling of ours that was the fastest in most runs.
+        speed_ups: by kind, a ratio for each run.
+        spellings: by kind, the one that was the fastest in each run.
+        shares: of the copy's time, for each run; NaN where no copy is the limit.
+    """
+
+    label: str
+    group: str
+    fastest: str
+    speed_ups: dict[str, list[float]]
+    spellings: dict[str, list[str]]
+    shares: list[float]
+
+
+def outcomes(runs: Sequence[Sequence[Case]], over: Sequence[str] = (), of: str = OURS) -> list[Outcome]:
+    """What runs say of each case that one of them holds, in the order in which it is first met.
+
+    Args:
+        runs: the cases of each run.
+        over: kinds of peers; those of the case's `baselines` if there are none.
+        of: the peer that is compared; a kind stands for its fastest.
+    """
+    together: dict[tuple[str, str], list[Case]] = {}
+    for run in runs:
+        for case in run:
+            together.setdefault((case.label, case.group), []).append(case)
+    found = []
+    for (label, group), cases in together.items():
+        kinds = over or list(dict.fromkeys(kind for case in cases for kind in case.baselines))
+        ours = [(case, mine) for case in cases if (mine := case.fastest(of))]
+        if not ours:
+            continue
+        ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
+        names: dict[str, list[str]] = {kind: [] for kind in kinds}
+        for case, mine in ours:
+            for kind in kinds:
+                if theirs := case.fastest(kind):
+                    ratios[kind].append(theirs.median / mine.median)
+                    names[kind].append(spelling(theirs.name, kind))
+        shares = [case.share_of_limit(mine.name) for case, mine in ours]
+        fastest = statistics.mode(spelling(mine.name, of) for _, mine in ours)
+        found.append(Outcome(label, group, fastest, ratios, names, shares))
+    return found
+
+
+def range_text(values: Sequence[float]) -> str:
+    """The least and the most of some figures, one figure where both print alike: 2.9 to 3.4."""
+    ends = [f"{end:.{1 if end < 9.95 else 0}f}" for end in (min(values), max(values))] if values else ["–"]
+    return " to ".join(dict.fromkeys(ends))
+
+
+def outcome_rows(found: Sequence[Outcome]) -> tuple[list[str], list[list[str] | None]]:
+    """Columns and rows of a table with a line per case: ranges over the runs, and who was the fastest of each kind."""
+    kinds = list(dict.fromkeys(kind for outcome in found for kind in outcome.speed_ups))
+    limited = any(not math.isnan(share) for outcome in found for share in outcome.shares)
+    columns = ["case", "", *(text for kind in kinds for text in (f"× best {kind}", "by")), *(["of copy"] * limited)]
+    rows: list[list[str] | None] = []
+    for outcome in found:
+        row = [outcome.label, outcome.group]
+        for kind in kinds:
+            names = [name for name in dict.fromkeys(outcome.spellings.get(kind, [])) if name]
+            row += [range_text(outcome.speed_ups.get(kind, [])), ", ".join(names)]
+        if limited:
+            shares = [share for share in outcome.shares if not math.isnan(share)]
+            ends = dict.fromkeys(f"{end:.2f}" for end in (min(shares), max(shares))) if shares else {"–": None}
+            row.append(" to ".join(ends))
+        rows.append(row)
+    return columns, rows
+
+
 # ------------------------------------------------------------------------------------------------- reports
 
 
@@ -464,6 +572,7 @@ class Report:
 
     Attributes:
         name: stem of the files written.
+        title: of the figure of speeds.
         arguments: how the benchmark was called.
         cases: the timings, in order.
         figures: anything else that was measured and can be written as JSON, by name.
@@ -471,8 +580,9 @@ class Report:
         notes: what a reader must know: what was skipped, and why.
     """
 
-    def __init__(self, name: str, arguments: Mapping[str, Any], device: str = "cpu") -> None:
+    def __init__(self, name: str, arguments: Mapping[str, Any], device: str = "cpu", title: str = "") -> None:
         self.name = name
+        self.title = title
         self.arguments = dict(arguments)
         self.machine = machine(device)
         self.notes: list[str] = []
@@ -501,15 +611,22 @@ class Report:
         parts = [headline(self.machine), *self.texts]
         if self.cases:
             parts += [f"{format_table(*case_rows(self.cases))}\n{LEGEND}"]
+            found = outcomes([self.cases])
+            parts += [format_table(*outcome_rows(found))] if found else []
         if self.notes:
             parts += ["\n".join(self.notes)]
         return "\n\n".join(parts)
+
+    def speed_figure(self) -> Any:
+        """`speed_figure` of this run."""
+        return speed_figure([self.cases], self.title, headline(self.machine))
 
     def save(self, out: Path, plots: Mapping[str, Any] | None = None) -> list[Path]:
         """Write `<name>.json`, and `<name>_<plot>.png` for every plot that is not None; returns the paths."""
         out.mkdir(parents=True, exist_ok=True)
         content = {
             "benchmark": self.name,
+            "title": self.title,
             "arguments": self.arguments,
             "machine": self.machine,
             "cases": [
@@ -528,6 +645,22 @@ class Report:
                 paths.append(out / f"{self.name}_{name}.png")
                 figure.savefig(paths[-1], bbox_inches="tight", pad_inches=0.2, facecolor="white")
         return paths
+
+
+def read_cases(content: Mapping[str, Any]) -> list[Case]:
+    """The cases of a run from the JSON that `Report.save` wrote."""
+    return [
+        Case(
+            case["label"],
+            case["group"],
+            tuple(case["baselines"]),
+            case["bytes_moved"],
+            [Timing(**timing) for timing in case["timings"]],
+            [Timing(**timing) for timing in case["copies"]],
+            case["skipped"],
+        )
+        for case in content["cases"]
+    ]
 
 
 def _plain(value: Any) -> Any:
@@ -613,42 +746,49 @@ def colours(names: Sequence[str], ours: str) -> dict[str, str]:
     return {name: OUR_COLOUR if name == ours else next(others) for name in names}
 
 
-def speed_figure(cases: Sequence[Case], ours: str, title: str, caption: str = "") -> Any:
-    """Horizontal bars: how many times faster than the first baseline each peer is, a panel per group of cases.
+def speed_figure(runs: Sequence[Sequence[Case]], title: str, caption: str = "") -> Any:
+    """Horizontal bars: how many times faster than the first baseline each kind of peer is, a panel per group of cases.
+
+    A kind is as fast as its fastest spelling, which stands beside its bar, the baseline's below the case. Of several
+    runs the bar is the median, and a line from the least to the most lies on it.
 
     Args:
-        cases: what `measure` returned.
-        ours: the peer drawn in blue.
+        runs: the cases of each run.
         title: stands above the panels.
         caption: a line under the title, for instance `headline(...)`.
 
     Returns:
         The figure, or None without matplotlib or with nothing to compare.
     """
+    cases = [case for run in runs for case in run]
     with plotting() as plt:
         if plt is None or not any(len(case.timings) > 1 for case in cases):
             return None
         baseline = cases[0].baselines[0]
+        kinds = list(dict.fromkeys(t.kind for case in cases for t in case.timings))
+        kinds.sort(key=lambda kind: kind == OURS)  # ours below the others in each block
+        palette = colours(kinds, OURS)  # with the baseline's, so that a kind keeps its colour from figure to figure
+        kinds.remove(baseline)
+        bars = {kind: outcomes(runs, [baseline], kind) for kind in kinds}
         groups = list(dict.fromkeys(case.group for case in cases))
-        names = list(dict.fromkeys(t.name for case in cases for t in case.timings))
-        names.sort(key=lambda name: name == ours)  # ours below the others in each block
-        palette = colours(names, ours)  # with the baseline's, so that a peer keeps its colour from figure to figure
-        names = [name for name in names if name != baseline]
-        ratios = [r for case in cases for name in names if not math.isnan(r := case.speed_up(name, baseline))]
-        low, high = min([0.8, *ratios]) / 1.1, max([2.0, *ratios]) * 1.5
-        deepest = max(sum(case.group == group for case in cases) for group in groups)
-        block = len(names) + 1.2  # in bars
+        beaten = {(o.label, o.group): o.fastest for o in outcomes(runs, [baseline], baseline)}
+        labels = {group: list(dict.fromkeys(c.label for c in cases if c.group == group)) for group in groups}
+        ratios = [r for found in bars.values() for bar in found for r in bar.speed_ups[baseline]]
+        low, high = min([0.8, *ratios]) / 1.1, max([2.0, *ratios]) * 2.6
+        deepest = max(map(len, labels.values()))
+        block = len(kinds) + 1.2  # in bars
         figure, axes = plt.subplots(
             1, len(groups), figsize=(1.2 + 4.6 * len(groups), 2 + 0.2 * block * deepest), squeeze=False
         )
         for axis, group in zip(axes[0], groups, strict=True):
-            members = [case for case in cases if case.group == group]
-            for place, case in enumerate(members):
-                for rank, name in enumerate(names):
-                    draw_bar(axis, place * block + rank, case.speed_up(name, baseline), palette[name], name == ours)
+            for rank, kind in enumerate(kinds):
+                for bar in bars[kind]:
+                    if bar.group == group:
+                        place = labels[group].index(bar.label) * block + rank
+                        draw_bar(axis, place, bar.speed_ups[baseline], bar.fastest, palette[kind], kind == OURS)
             axis.axvline(1, color="#444444", linewidth=1.2)
-            axis.set_yticks([place * block + (len(names) - 1) / 2 for place in range(len(members))])
-            axis.set_yticklabels([case.label for case in members])
+            axis.set_yticks([place * block + (len(kinds) - 1) / 2 for place in range(len(labels[group]))])
+            axis.set_yticklabels([f"{label}\nvs {beaten.get((label, group), '–')}" for label in labels[group]])
             axis.set_ylim(deepest * block - 1.1, -1.1)
             axis.set_xscale("log")
             axis.set_xlim(low, high)
@@ -658,19 +798,23 @@ def speed_figure(cases: Sequence[Case], ours: str, title: str, caption: str = ""
             axis.minorticks_off()
             axis.grid(axis="y", visible=False)
             axis.set_title(group)
-            axis.set_xlabel(f"times faster than {baseline}")
-        handles = [plt.Rectangle((0, 0), 1, 1, color=palette[name]) for name in names]
-        finish(figure, title, caption, handles, names)
+            axis.set_xlabel(f"times faster than the fastest {baseline}")
+        handles = [plt.Rectangle((0, 0), 1, 1, color=palette[kind]) for kind in kinds]
+        finish(figure, title, caption, handles, kinds)
         return figure
 
 
-def draw_bar(axis: Any, y: float, ratio: float, colour: str, bold: bool) -> None:
-    """A bar from 1× to a ratio, and the ratio in figures beside it; nothing for NaN."""
-    if math.isnan(ratio):
+def draw_bar(axis: Any, y: float, ratios: Sequence[float], name: str, colour: str, bold: bool) -> None:
+    """A bar from 1× to the median of some ratios, a line over their range, and figure and name beside it."""
+    if not ratios:
         return
+    ratio, ends = statistics.median(ratios), (min(ratios), max(ratios))
     axis.barh(y, ratio - 1, left=1, height=0.86, color=colour)
+    if len(ratios) > 1:
+        axis.plot(ends, (y, y), color="#222222", linewidth=1)
     style = {"fontsize": 8, "color": "#222222", "fontweight": "bold" if bold else "normal", "va": "center"}
-    axis.annotate(ratio_text(ratio), (max(ratio, 1), y), (4, 0), textcoords="offset points", **style)
+    text = f"{ratio_text(ratio)} {name}".strip()
+    axis.annotate(text, (max(1, *ends), y), (4, 0), textcoords="offset points", **style)
 
 
 def finish(figure: Any, title: str, caption: str, handles: Sequence[Any], names: Sequence[str]) -> None:

@@ -18,8 +18,10 @@ import torch
 from extension import requires_extension
 
 import bench_kl
+import bench_perturbation
 import harness
 import real_data
+import runs
 from harness import Case, Peer, Report, Timing
 from smart_kernels import symmetric_kl_grad
 
@@ -83,10 +85,10 @@ def test_inputs_rotate():
 
 
 def test_median_and_quartiles():
-    timing = harness.summarise("x", [5.0, 1.0, 2.0, 4.0, 3.0], 1, None)
+    timing = harness.summarise("x", [5.0, 1.0, 2.0, 4.0, 3.0], 1)
     assert (timing.lower, timing.median, timing.upper) == (2.0, 3.0, 4.0)
     assert timing.rounds == 5
-    alone = harness.summarise("x", [7.0], 1, None)
+    alone = harness.summarise("x", [7.0], 1)
     assert (alone.lower, alone.median, alone.upper) == (7.0, 7.0, 7.0)
 
 
@@ -161,11 +163,29 @@ def test_the_limit_of_cache_is_a_sane_size():
 # ------------------------------------------------------------------------------------------ tables and files
 
 
-def made_case():
-    timings = [Timing("eager", 2e-3, 1e-3, 3e-3, 5, 1, 4096), Timing("ours", 5e-4, 4e-4, 6e-4, 5, 1, None)]
-    return Case(
-        "2×3", "fp32", ("eager", "gone"), 96, timings, [Timing("copy", 1e-4, 1e-4, 1e-4, 5, 1, None)], {"gone": "why"}
-    )
+def made_timing(name, median, kind=""):
+    return Timing(name, kind or name, median, median / 2, 2 * median, 5, 1, 4096)
+
+
+def made_case(ours=5e-4, product=1e-3):
+    timings = [
+        made_timing("eager, kl_div", 2e-3, "eager"),
+        made_timing("eager, product", product, "eager"),
+        made_timing("another", 4e-3),
+        made_timing(harness.OURS, ours),
+    ]
+    return Case("2×3", "fp32", ("eager", "gone"), 96, timings, [made_timing("copy", 1e-4)], {"gone": "why"})
+
+
+def test_a_kind_is_as_fast_as_its_fastest_spelling():
+    case = made_case()
+    assert case.fastest("eager").name == "eager, product"
+    assert case.speed_up(harness.OURS, "eager") == 2
+    assert case.speed_up("eager, kl_div", "eager") == 0.5
+    assert case.fastest("gone") is None
+    assert Peer("alone", id).kind == "alone"
+    assert harness.spelling("eager, product", "eager") == "product"
+    assert harness.spelling("alone", "alone") == ""
 
 
 def test_table_columns_line_up():
@@ -178,9 +198,35 @@ def test_table_columns_line_up():
 def test_case_rows_hold_ratios_shares_and_who_is_missing():
     columns, rows = harness.case_rows([made_case()])
     assert all(len(row) == len(columns) for row in rows)
-    table = dict(zip(columns, rows[1], strict=True))
-    assert (table["peer"], table["× eager"], table["× gone"], table["of copy"]) == ("ours", "4.00×", "–", "0.20")
+    table = dict(zip(columns, rows[3], strict=True))
+    assert table["peer"] == harness.OURS
+    assert (table["× eager"], table["× gone"], table["of copy"]) == ("2.00×", "–", "0.20")
+    assert [row[columns.index("× eager")] for row in rows[:2]] == ["0.50×", "1.00×"]
     assert rows[-1][1:3] == ["gone", "left out"]
+
+
+def test_several_runs_give_ranges_and_all_who_were_the_fastest():
+    runs = [
+        [made_case()],
+        [made_case(ours=2e-4), Case("no one", "fp32", ("eager",), None, [], [])],
+        [made_case(2e-4, 3e-3)],
+    ]
+    (outcome,) = harness.outcomes(runs)
+    assert outcome.speed_ups == {"eager": [2, 5, 10], "gone": []}
+    assert outcome.spellings == {"eager": ["product", "product", "kl_div"], "gone": []}
+    columns, rows = harness.outcome_rows([outcome])
+    assert columns == ["case", "", "× best eager", "by", "× best gone", "by", "of copy"]
+    assert rows == [["2×3", "fp32", "2.0 to 10", "product, kl_div", "–", "", "0.20 to 0.50"]]
+    (other,) = harness.outcomes(runs[:1], ["another"], "eager")
+    assert (other.speed_ups, other.fastest) == ({"another": [4]}, "product")
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [([], "–"), ([3.0], "3.0"), ([2.94, 3.44, 3.0], "2.9 to 3.4"), ([2.96, 3.04], "3.0"), ([9.96], "10")],
+)
+def test_range_text(values, text):
+    assert harness.range_text(values) == text
 
 
 @pytest.mark.parametrize(
@@ -249,17 +295,16 @@ def test_a_busy_machine_is_noted(monkeypatch):
 
 def test_report_writes_strict_json_and_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
-    report = Report("made", {"out": tmp_path, "shapes": [(2, 3)]})
+    report = Report("made", {"out": tmp_path, "shapes": [(2, 3)]}, title="A title")
     report.add(made_case())
     report.note("a note")
     report.note("a note")
     report.figures["more"] = {"infinite": float("inf")}
-    figure = harness.speed_figure(report.cases, "ours", "A title", "a caption")
-    json_path, png_path = report.save(tmp_path / "new", {"speed": figure, "nothing": None})
+    json_path, png_path = report.save(tmp_path / "new", {"speed": report.speed_figure(), "nothing": None})
     content = json.loads(json_path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert content["cases"][0]["speed_up"] == {
-        "eager": {"eager": 1.0, "ours": 4.0},
-        "gone": {"eager": None, "ours": None},
+        "eager": {"eager, kl_div": 0.5, "eager, product": 1.0, "another": 0.25, harness.OURS: 2.0},
+        "gone": dict.fromkeys(("eager, kl_div", "eager, product", "another", harness.OURS)),
     }
     assert content["cases"][0]["timings"][0]["peak_bytes"] == 4096
     assert content["more"] == {"infinite": "inf"}
@@ -268,10 +313,41 @@ def test_report_writes_strict_json_and_figures(tmp_path, monkeypatch):
     assert png_path.name == "made_speed.png"
     assert png_path.read_bytes().startswith(b"\x89PNG")
     assert report.table().count("a note") == 1
+    assert harness.read_cases(content) == report.cases
 
 
 def test_nothing_to_draw():
-    assert harness.speed_figure([], "ours", "A title") is None
+    assert harness.speed_figure([], "A title") is None
+    assert harness.speed_figure([[]], "A title") is None
+
+
+def saved_run(folder, ours, **machine):
+    report = Report("made", {}, title="A title")
+    report.machine |= machine
+    report.add(made_case(ours))
+    return str(report.save(folder)[0])
+
+
+def test_runs_are_put_together(tmp_path, capsys):
+    paths = [saved_run(tmp_path / str(i), ours) for i, ours in enumerate((5e-4, 1e-4, 2e-4))]
+    runs.main([*paths, "--figure", str(tmp_path / "speed.png")])
+    printed = capsys.readouterr().out
+    assert "2.0 to 10" in printed
+    assert "3 runs" in printed
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_that_do_not_belong_together_are_refused(tmp_path, capsys):
+    here, elsewhere = saved_run(tmp_path / "1", 1e-4), saved_run(tmp_path / "2", 1e-4, cpu="Another")
+    (tmp_path / "other.json").write_text("[]")
+    for path, message in (
+        (elsewhere, "got machine 'Another"),
+        (str(tmp_path / "other.json"), "expected the JSON of a benchmark"),
+        (str(tmp_path / "none.json"), "FileNotFoundError"),
+    ):
+        with pytest.raises(SystemExit):
+            runs.main([here, path])
+        assert message in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------- data
@@ -394,13 +470,26 @@ def test_the_truth_of_the_errors_is_true(classes, delta):
         assert abs(oracle.wide(value) * len(a) - true).max() <= 1e-8 * abs(true).max()
 
 
-@pytest.mark.parametrize("name", ["eager", "smart-pytorch", bench_kl.OURS])
-def test_peers_compute_what_they_mean_where_rounding_does_not_show(name):
-    a, b = torch.randn(8, 5), torch.randn(8, 5)
+def plain_peers(monkeypatch):
+    """All peers of bench_kl by name, what is compiled left as it is."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    return {peer.name: peer for peer in bench_kl.implementations(Report("x", {}), "cpu")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peers_compute_what_they_mean_where_rounding_does_not_show(monkeypatch, dtype):
+    a, b = torch.randn(8, 5).to(dtype), torch.randn(8, 5).to(dtype)
     true_loss, true_grad, difference = bench_kl.truth(a, b)
-    loss = bench_kl.implementations(Report("x", {}), "cpu")[name]
-    errors = bench_kl.errors(loss, a, b, true_loss, true_grad if name in bench_kl.WHOLE else difference)
-    assert max(errors) < 1e-5  # fp32 arithmetic on distances of the order of one
+    peers = plain_peers(monkeypatch)
+    del peers["mt-dnn"]  # no divergence at all
+    if dtype == torch.bfloat16:
+        del peers["smart-pytorch"]  # rounds its logarithms
+    assert {peer.kind for peer in peers.values()} >= {"eager", "torch.compile", bench_kl.OURS}
+    for name, peer in peers.items():
+        grad = true_grad if bench_kl.whole(peer) else difference
+        loss_error, grad_error = bench_kl.errors(peer.call, a, b, true_loss, grad)
+        assert loss_error < 1e-5, name  # fp32 arithmetic on distances of the order of one
+        assert grad_error < (1e-5 if dtype == torch.float32 else 2.0**-8), name  # gradients are rounded to the dtype
 
 
 def test_stable_kl_is_the_log_odds_of_its_definition():
@@ -434,7 +523,7 @@ def test_bench_kl_with_all_it_writes_and_neither_network_nor_compiler(offline, m
     assert files == ["bench_kl.json", "bench_kl_error.png", "bench_kl_speed.png"]
     content = json.loads((offline / "made" / "bench_kl.json").read_text())
     assert [case["bytes_moved"] for case in content["cases"]] == [192, 5120, 96, 2560, 144, 3840]
-    everyone = {"eager", "smart-pytorch", "mt-dnn", bench_kl.OURS}
+    everyone = {*(f"eager, {name}" for name in bench_kl.SPELLINGS), "smart-pytorch", "mt-dnn", bench_kl.OURS}
     assert all({timing["name"] for timing in case["timings"]} == everyone for case in content["cases"])
     assert len(content["accuracy"]) == 2
     for figures in content["accuracy"].values():
@@ -456,8 +545,34 @@ def test_bench_kl_is_a_command_that_runs_from_any_folder(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "torch.compile is left out: " in done.stdout
+    assert "torch.compile, product is left out: " in done.stdout
     assert (tmp_path / "made" / "bench_kl.json").is_file()
+
+
+@pytest.mark.parametrize("scope", ["sample", "token"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_all_spellings_of_the_perturbation_take_the_same_step(norm, scope):
+    delta, grad = 1e-5 * torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    mask = torch.ones(3, 4, dtype=torch.int64)
+    mask[1, 2:] = 0
+    before = delta.clone(), grad.clone()
+    ours = bench_perturbation.our_step(delta, grad, mask, norm=norm, scope=scope)
+    for step in bench_perturbation.STEPS.values():
+        torch.testing.assert_close(step(delta, grad, mask, norm=norm, scope=scope), ours, rtol=1e-5, atol=0)
+    assert torch.equal(delta, before[0])
+    assert torch.equal(grad, before[1])
+    for start in bench_perturbation.STARTS.values():
+        noise = start(torch.ones(64, 64, 64), torch.ones(64, 64))
+        assert noise.std().item() == pytest.approx(bench_perturbation.STD, rel=0.02)  # 2^18 numbers: 0.14 %
+
+
+def test_bench_perturbation_with_all_it_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    bench_perturbation.main(["--shapes", "2x3x8", "--out", str(tmp_path)])
+    content = json.loads((tmp_path / "bench_perturbation.json").read_text())
+    assert [case["group"] for case in content["cases"]][::4] == ["linf, sample, fp32", "start"]
+    assert "× best torch.compile" in capsys.readouterr().out
+    assert (tmp_path / "bench_perturbation_speed.png").is_file()
 
 
 @pytest.mark.parametrize(

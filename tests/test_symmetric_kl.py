@@ -137,7 +137,44 @@ def test_accuracy_of_awkward_rows(kl: type[Kernel], dtype: torch.dtype, cols: in
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("cols", [2, 3, 40, 128, 200])
+def test_accuracy_of_rows_that_change_on_the_way(kl: type[Kernel], dtype: torch.dtype) -> None:
+    """Long rows are gone through piece by piece: what is learned late must mend what was done before."""
+    cols = 3000
+    base, noise = torch.randn(2, cols, dtype=torch.float64)
+    place = torch.linspace(0, 1, cols, dtype=torch.float64)
+    late = (place > 0.8).double()
+    absent = -math.inf * torch.ones(cols, dtype=torch.float64)
+    early_absent, late_absent = (torch.where(where, absent, base) for where in (place < 0.7, place > 0.3))
+    spike = torch.nn.functional.one_hot(torch.tensor(cols - 2), cols)
+    pairs = [
+        (base + 40 * place + 1e-5 * noise, base + 40 * place),  # the largest logit moves on and on, near
+        (base + 40 * place + noise, base + 40 * place),  # far
+        (base - 40 * place + 1e-5 * noise, base - 40 * place),  # it stands at the begin
+        (base + 1e-5 * noise + 2 * late * noise, base),  # near, then far
+        (base + 1e-5 * noise + 2 * (1 - late) * noise, base),  # far, then near
+        (base + 1e-5 * noise + 3 * spike, base),  # near but for one class
+        (base + 0.6 * place, base),  # near in each piece, and not as a whole
+        (base + 0.4 * place + 20 * spike, base + 20 * spike),  # the centre moves
+        (base + 30 * spike, base),  # one side's largest moves
+        (base - 9 * late, base),
+        (early_absent + 1e-5 * noise, early_absent),  # whole pieces masked
+        (late_absent + 1e-5 * noise, late_absent),
+        (early_absent + noise, early_absent),
+        (base.where(base < 2, noise), absent.where(late > 0, base)),  # masked on one side, late
+        (base, base.where(spike == 0, math.nan)),  # NaN, late
+        (base, base.where(spike == 0, math.inf)),
+    ]
+    a, b = (torch.stack(side).to(dtype) for side in zip(*pairs, strict=True))
+    check(kl, a, b)
+    weight = torch.ones(len(pairs), dtype=reference.compute_dtype(a))
+    weight[::2] = 0
+    loss, *grads = kl.forward_backward(a, b, weight, NONE, False, True, True)
+    assert (loss[::2] == 0).all()
+    assert all((grad[::2] == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("cols", [2, 3, 40, 128, 200, 3000])
 def test_the_bits_of_a_row_do_not_depend_on_the_others(kl: type[Kernel], dtype: torch.dtype, cols: int) -> None:
     """Whichever rows stand beside it, near or far ones or NaN."""
     rows = 67

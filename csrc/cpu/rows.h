@@ -52,6 +52,7 @@ class Rows {
   int64_t cols() const { return cols_; }
   int64_t column_stride() const { return column_stride_; }
   ScalarType dtype() const { return dtype_; }
+  int64_t itemsize() const { return itemsize_; }
 
  private:
   struct Dim {

@@ -12,6 +12,7 @@ struct SymmetricKLJob {
   bool upstream_rows;
   double scale;          // a further factor on all gradients
   bool detach_targets;
+  bool wait;             // the exponentials of a row may wait for its second reading
   void *losses, *grad_a, *grad_b;  // each contiguous, or null: not wanted
 };
 

@@ -42,6 +42,13 @@ template <typename T>
 SK_INLINE void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
+// A mask of the first n lanes
+template <typename T>
+SK_INLINE Mask<T> first_lanes(int n) {
+  Mask<T> lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  return lane < n;
+}
 // The first n lanes from memory, the others `fill`
 template <typename T>
 SK_INLINE Vec<T> load_n(const T* p, int n, T fill) {
@@ -49,6 +56,11 @@ SK_INLINE Vec<T> load_n(const T* p, int n, T fill) {
 #if SK_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<T, float>) return (Vec<T>)_mm512_mask_loadu_ps((__m512)v, (1u << n) - 1, p);
   else return (Vec<T>)_mm512_mask_loadu_pd((__m512d)v, (1u << n) - 1, p);
+#elif SK_VECTOR_BYTES == 32
+  const Mask<T> wanted = first_lanes<T>(n);
+  if constexpr (std::is_same_v<T, float>) v = wanted ? (Vec<T>)_mm256_maskload_ps(p, (__m256i)wanted) : v;
+  else v = wanted ? (Vec<T>)_mm256_maskload_pd(p, (__m256i)wanted) : v;
+  return v;
 #endif
   __builtin_memcpy(&v, p, n * sizeof(T));
   return v;
@@ -58,6 +70,9 @@ SK_INLINE void store_n(T* p, Vec<T> v, int n) {
 #if SK_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v);
   else return _mm512_mask_storeu_pd(p, (1u << n) - 1, (__m512d)v);
+#elif SK_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<T, float>) return _mm256_maskstore_ps(p, (__m256i)first_lanes<T>(n), (__m256)v);
+  else return _mm256_maskstore_pd(p, (__m256i)first_lanes<T>(n), (__m256d)v);
 #endif
   __builtin_memcpy(p, &v, n * sizeof(T));
 }
@@ -74,6 +89,8 @@ typedef uint16_t Bits16 __attribute__((vector_size(SK_VECTOR_BYTES / 2)));
 SK_INLINE Vec<float> load(const bf16* p) {
 #if SK_VECTOR_BYTES == 64
   return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#elif SK_VECTOR_BYTES == 32
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
 #else
   Bits16 bits;
   __builtin_memcpy(&bits, p, sizeof bits);
@@ -101,6 +118,10 @@ SK_INLINE void store(bf16* p, Vec<float> x) {
   const Mask<float> rounded = x == x ? bits + (odd + 0x7fff) : Mask<float>{} + 0x7fc00000;
 #if SK_VECTOR_BYTES == 64
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)(rounded >> 16)));
+#elif SK_VECTOR_BYTES == 32
+  const __m256i upper = _mm256_srli_epi32((__m256i)rounded, 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(upper, upper), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 #else
   const Bits16 half = __builtin_convertvector((rounded >> 16) & 0xffff, Bits16);
   __builtin_memcpy(p, &half, sizeof half);
@@ -141,12 +162,33 @@ SK_INLINE void store_some(S* p, V x, int n) {
   __builtin_memcpy(p, lanes, n * sizeof(S));
 }
 
+// b where one of both is NaN, which is what the instructions do; compilers make two of the comparison's form.
 template <typename V>
 SK_INLINE V vmax(V a, V b) {
+#if SK_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+  if constexpr (std::is_same_v<V, Vec<double>>) return (V)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif SK_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm256_max_ps((__m256)a, (__m256)b);
+  if constexpr (std::is_same_v<V, Vec<double>>) return (V)_mm256_max_pd((__m256d)a, (__m256d)b);
+#elif defined(__x86_64__)
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm_max_ps((__m128)a, (__m128)b);
+  if constexpr (std::is_same_v<V, Vec<double>>) return (V)_mm_max_pd((__m128d)a, (__m128d)b);
+#endif
   return a > b ? a : b;
 }
 template <typename V>
 SK_INLINE V vmin(V a, V b) {
+#if SK_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm512_min_ps((__m512)a, (__m512)b);
+  if constexpr (std::is_same_v<V, Vec<double>>) return (V)_mm512_min_pd((__m512d)a, (__m512d)b);
+#elif SK_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm256_min_ps((__m256)a, (__m256)b);
+  if constexpr (std::is_same_v<V, Vec<double>>) return (V)_mm256_min_pd((__m256d)a, (__m256d)b);
+#elif defined(__x86_64__)
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm_min_ps((__m128)a, (__m128)b);
+  if constexpr (std::is_same_v<V, Vec<double>>) return (V)_mm_min_pd((__m128d)a, (__m128d)b);
+#endif
   return a < b ? a : b;
 }
 // x as it would be stored: the compiler may not fuse its last multiplication with what is added to it
@@ -210,6 +252,30 @@ SK_INLINE Vec<T> cross(Vec<T> x, Vec<T> y, std::index_sequence<lane...>) {
 }
 template <typename T, int step = 1>
 SK_INLINE void transpose(Vec<T>* x) {
+#if SK_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<T, float>) {  // every exchange by one instruction, which the general way is not
+    Vec<T> y[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+      y[i] = (Vec<T>)_mm256_unpacklo_ps((__m256)x[i], (__m256)x[i + 1]);
+      y[i + 1] = (Vec<T>)_mm256_unpackhi_ps((__m256)x[i], (__m256)x[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {  // columns i and i + 4 of rows i to i + 3, and so on
+      x[i] = (Vec<T>)_mm256_shuffle_ps((__m256)y[i], (__m256)y[i + 2], 0x44);
+      x[i + 1] = (Vec<T>)_mm256_shuffle_ps((__m256)y[i], (__m256)y[i + 2], 0xee);
+      x[i + 2] = (Vec<T>)_mm256_shuffle_ps((__m256)y[i + 1], (__m256)y[i + 3], 0x44);
+      x[i + 3] = (Vec<T>)_mm256_shuffle_ps((__m256)y[i + 1], (__m256)y[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Vec<T> lower = (Vec<T>)_mm256_permute2f128_ps((__m256)x[i], (__m256)x[i + 4], 0x20);
+      x[i + 4] = (Vec<T>)_mm256_permute2f128_ps((__m256)x[i], (__m256)x[i + 4], 0x31);
+      x[i] = lower;
+    }
+    return;
+  }
+#endif
   if constexpr (step < kLanes<T>) {
 #pragma GCC unroll 32
     for (int i = 0; i < kLanes<T>; ++i)
@@ -291,7 +357,7 @@ SK_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
   const Vec<T> n = shifted - round;
   const Vec<T> r = (x - n * high) - n * low;
   const Vec<T> y = exp_small<T>(r);
-  const Mask<T> exponent = ((Mask<T>)shifted - (Mask<T>)set1(round)) << mantissa;
+  const Mask<T> exponent = (Mask<T>)shifted << mantissa;  // the bits of `round` itself are shifted out
   return x < lowest ? Vec<T>{} : (Vec<T>)((Mask<T>)y + exponent);
 }
 
