@@ -102,6 +102,10 @@ def _candidates(model: nn.Module, found: dict[int, nn.Module | None]) -> str:
     return ", ".join(names) or "none"
 
 
+_WITH_AUTOCAST = {kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "xla") if torch.amp.is_autocast_available(kind)}
+"""Asked here, as a compiled model cannot ask in a hook."""
+
+
 @dataclass
 class EmbeddingCall:
     """A call of the module to perturb.
@@ -207,7 +211,7 @@ class EmbeddingHook:
                 "of several parts"
             )
         kind = x.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        autocast = kind in _WITH_AUTOCAST and torch.is_autocast_enabled(kind)
         self.compute_dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         point = None
         if self._differentiable and torch.is_grad_enabled():
