@@ -52,7 +52,7 @@ def saved(kind: str, folder: Path) -> str:
 
 def supervised(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**TINY, num_key_value_heads=2, pad_token_id=0)
+    config = transformers.LlamaConfig(**TINY, num_key_value_heads=2, pad_token_id=0, attention_dropout=0.1)
     data = datasets.Dataset.from_dict({"input_ids": [list(range(5, 5 + n)) for n in (8, 12, 9, 14, 7, 10, 11, 8)]})
     return transformers.LlamaForCausalLM(config), {"train_dataset": data, "processing_class": tokenizer()}
 
@@ -156,6 +156,18 @@ def test_the_proximal_term_has_its_gradient(kind: str, tmp_path: Path) -> None:
     assert logged[0]["proximal"] == 0
     assert logged[1]["proximal"] > 0
     assert not torch.equal(*ends)
+
+
+@pytest.mark.parametrize("smart_first", [True, False])
+def test_arguments_keep_the_other_trainers_defaults(smart_first: bool, tmp_path: Path) -> None:
+    for kind, other in (("sft", trl.SFTConfig), ("reward", trl.RewardConfig)):
+        bases = (SmartTrainingArguments, other) if smart_first else (other, SmartTrainingArguments)
+        combined = dataclasses.make_dataclass("Arguments", [("mine", int, 3)], bases=bases)
+        ours = {f.name: f.default for f in dataclasses.fields(combined)}
+        for f in dataclasses.fields(other):
+            assert ours[f.name] == f.default or f.default is dataclasses.MISSING, (kind, f.name)
+        assert ours["smart_mu"] == 1.0
+        assert ours["mine"] == 3
 
 
 def test_embeddings_of_sentences_need_a_divergence(tmp_path: Path) -> None:

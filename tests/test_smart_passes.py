@@ -387,6 +387,164 @@ def doubled(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits, batch["labels"]), logits
 
 
+class Doubled(torch.autograd.Function):
+    """Twice a tensor, with a gradient of three times."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 3 * grad
+
+
+def by_function_of_ones_own(model: Any, x: Tensor) -> Tensor:
+    return Doubled.apply(model(x))
+
+
+def by_a_value(model: Any, x: Tensor) -> Tensor:
+    logits = model(x)
+    return logits * float(logits.detach().abs().max())
+
+
+def by_numpy(model: Any, x: Tensor) -> Tensor:
+    logits = model(x)
+    return logits * torch.from_numpy(logits.detach().abs().numpy()).amax()
+
+
+def by_a_changed_view(model: Any, x: Tensor) -> Tensor:
+    logits = model(x)
+    F.relu(logits[:, 1:], inplace=True)
+    return logits
+
+
+def by_packed_rows(model: Any, x: Tensor) -> Tensor:
+    packed = nn.utils.rnn.pack_padded_sequence(model.words(x), torch.tensor([3, 2]), batch_first=True)
+    rows, _ = nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
+    return model.head(torch.tanh(model.mix(rows)).sum(1))
+
+
+@pytest.mark.parametrize("adversary", ["power", "predicted", "random"])
+@pytest.mark.parametrize("way", [by_function_of_ones_own, by_a_value, by_numpy, by_a_changed_view, by_packed_rows])
+def test_logits_that_are_made_in_other_ways_than_by_torchs_functions(way: Any, adversary: str) -> None:
+    """Terms and gradients are the definition's."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.mix, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.mix(self.words(ids))).mean(1))
+
+    model = Net().double()
+    twin = copy.deepcopy(model)
+
+    def forward(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        logits = way(model, batch["a"])
+        return F.cross_entropy(logits, batch["labels"]), logits
+
+    smart = Smart(model, SmartConfig(**BALL, adversary=adversary), 10, forward=forward)
+    with torch.no_grad():
+        for m in (model, twin):
+            m.mix.weight.mul_(1.1)
+    out = smart(PAIR)
+    out.loss.backward()
+    assert smart.teacher is not None
+    loss, clean = forward(twin, PAIR)
+    handle = twin.words.register_forward_hook(lambda _m, _a, x: x + out.perturbation)
+    moved = way(twin, PAIR["a"])
+    handle.remove()
+    with torch.no_grad():
+        taught = torch.func.functional_call(
+            Way(twin, way), {f"model.{n}": s for n, s in smart.teacher.shadows.items()}, PAIR["a"]
+        )
+    terms = symmetric_kl(moved, clean).mean(), symmetric_kl(clean, taught).mean()
+    torch.testing.assert_close(out.smoothness, terms[0].detach(), rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(out.proximal, terms[1].detach(), rtol=1e-9, atol=1e-15)
+    (loss + terms[0] + terms[1]).backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-12)
+
+
+class Way(nn.Module):
+    def __init__(self, model: nn.Module, way: Any) -> None:
+        super().__init__()
+        self.model, self.way = model, way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.way(self.model, x)  # type: ignore[no-any-return]
+
+
+def test_a_loss_alone_is_compared_by_what_no_other_call_takes_up() -> None:
+    """Parts are called by the function, and a criterion is one of them."""
+
+    class Net(Encoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.criterion = nn.CrossEntropyLoss()
+
+    def alone(model: Any, batch: Any) -> Tensor:
+        hidden = model.norm(model.words(batch["input_ids"]))
+        return model.criterion(model.head(torch.tanh(hidden).mean(1)), batch["labels"])  # type: ignore[no-any-return]
+
+    model = Net()
+    out = Smart(model, SmartConfig(**BALL), 10, forward=alone)(batch_for(model))
+    assert out.logits.shape == (4, 3)
+    assert out.smoothness > 0
+
+
+class Tallies(Encoder):
+    """Counts in places that are neither attributes nor lists of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.array, self.counter, self.meter = np.zeros(2), collections.Counter(), Meter()
+        self.tensors, self.named = [torch.zeros(2)], {"total": torch.zeros(2)}
+
+    def from_embeddings(self, x: Tensor, *args: Any) -> Any:
+        self.array += 1
+        self.counter["passes"] += 1
+        self.meter.calls += 1
+        self.tensors[0] += 1
+        self.named["total"].add_(1)
+        total = (
+            self.array.sum()
+            + self.counter["passes"]
+            + self.meter.calls
+            + self.tensors[0].sum()
+            + self.named["total"][0]
+        )
+        return super().from_embeddings(x * float(total), *args)
+
+
+def test_arrays_tensors_in_lists_and_own_objects_see_one_pass() -> None:
+    model = Tallies()
+    smart = Smart(model, still(), 10)
+    for _ in range(3):
+        out = smart(batch_for(model))
+        assert out.smoothness == out.proximal == 0
+    tallies = *model.array, model.counter["passes"], model.meter.calls, *model.tensors[0], *model.named["total"]
+    assert all(float(x) == 3 for x in tallies)
+
+
+def test_a_layer_may_have_an_attribute_of_any_name() -> None:
+    class Reshape(nn.Module):
+        shape = (-1, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(self.shape)
+
+    class Net(Encoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reshape = Reshape()
+
+    model = Net()
+    Smart(model, SmartConfig(**BALL), 10)(batch_for(model))
+
+
 # ---------------------------------------------------------------------------------------------------------- buffers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import logging
 import math
@@ -54,6 +55,12 @@ def _arguments() -> list[tuple[str, Any, Any]]:
     return arguments
 
 
+def _like(f: Any) -> Any:
+    """A field with the default and the description of another."""
+    default = {"default": f.default} if f.default is not dataclasses.MISSING else {"default_factory": f.default_factory}
+    return field(**default, init=f.init, repr=f.repr, metadata=f.metadata)
+
+
 _SmartArguments: Any = dataclasses.make_dataclass("_SmartArguments", _arguments())
 
 
@@ -83,6 +90,24 @@ class SmartTrainingArguments(_SmartArguments, TrainingArguments):  # type: ignor
         default=None,
         metadata={"help": "name of the input that is 0 at positions not to be perturbed; 'none' to perturb all"},
     )
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Beside arguments of another trainer, its defaults are kept: they come behind Trainer's own otherwise."""
+        super().__init_subclass__(**options)
+        annotations = inspect.get_annotations(cls)
+        common = {f.name: f for f in dataclasses.fields(TrainingArguments)}
+        for other in reversed(cls.__mro__[1:]):
+            if not dataclasses.is_dataclass(other) or issubclass(SmartTrainingArguments, other):
+                continue
+            if issubclass(other, SmartTrainingArguments):
+                continue
+            for f in dataclasses.fields(other):
+                if f.name in cls.__dict__ or common.get(f.name) is f:
+                    continue
+                annotations.setdefault(f.name, f.type)
+                if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING:
+                    setattr(cls, f.name, _like(f))
+        cls.__annotations__ = annotations
 
     def smart_config(self) -> SmartConfig:
         """The hyper-parameters of SMART.
@@ -155,6 +180,7 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         self._own_forward = forward
         self._checkpoint: str | None = None  # that the training goes on from
         self._kinds: dict[Any, tuple[bool, bool]] = {}  # of batches, see _ignored
+        self._returns_outputs = False
         self._outputs: Any = None
         super().__init__(model, args, *others, **kwargs)
         self.add_callback(_Steps(self))
@@ -255,6 +281,8 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
                     if by_samples:  # while Trainer counts the elements of the labels
                         share = share * len(inputs["labels"]) / self._counted(inputs)
         self._outputs = None
+        self._returns_outputs = return_outputs
+        self.smart.asks_for_logits(not return_outputs and self._own_forward is None)
         out = self.smart({**inputs, _NUM_ITEMS: num_items_in_batch}, num_items=share)
         outputs, self._outputs = self._outputs, None
         self._record(out, weight / batches if divides else weight)
@@ -272,7 +300,9 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
             with warnings.catch_warnings():
                 # what is deprecated is to ask for outputs, which is how logits are found
                 warnings.filterwarnings("ignore", ".*return_outputs=True", FutureWarning)
-                loss, outputs = super().compute_loss(model, inputs, True, num_items)
+                asks = self._returns_outputs or self.smart is None or not self.smart.alone
+                loss = super().compute_loss(model, inputs, asks, num_items)
+                loss, outputs = loss if asks else (loss, None)
             if isinstance(outputs, tuple):
                 with_loss = "labels" in inputs or "labels" not in batch  # else Trainer has kept the labels to itself
                 logits = model_logits(outputs if with_loss else (loss, *outputs), "start_positions" in batch)

@@ -23,13 +23,13 @@ _CAUSES = (
 )
 
 
-def check_connected(clean: CleanPass) -> None:
-    """Raise RuntimeError where the logits that are compared carry no graph, while the loss does."""
+def check_connected(clean: CleanPass, logits: Logits) -> None:
+    """Raise RuntimeError where logits, of the clean pass or a perturbed one, carry no graph, while the loss does."""
     if clean.loss.requires_grad and torch.is_grad_enabled():
-        for i, x in enumerate(clean.logits):
+        for i, x in enumerate(logits):
             if not x.requires_grad:
                 raise RuntimeError(
-                    f"logits: what is compared (tensor {i + 1} of {len(clean.logits)}, shape {tuple(x.shape)}) carries "
+                    f"logits: what is compared (tensor {i + 1} of {len(logits)}, shape {tuple(x.shape)}) carries "
                     "no graph, while the loss does, so the terms would train nothing. It came out of detach(), of "
                     "torch.no_grad(), or from elsewhere than the model; return the model's own logits"
                 )

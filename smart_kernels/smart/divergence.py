@@ -252,23 +252,30 @@ def choose_divergence(
             )
     if len(shape) == 2 or len(logits) > 1:
         return SymmetricKL(num_items=num_items)
-    counted = _rows(mask, shape)
+    counted = _rows(mask, shape, batch)
     counted = None if counted is None else counted > 0
-    labelled = _rows(labels, shape)
+    labelled = _rows(labels, shape, batch)
     if labelled is not None:
         counted = labelled != IGNORED
         counted = nn.functional.pad(counted[:, 1:], (0, 1)) if _predicts_next(model) else counted
     return SymmetricKL(counted, num_items=num_items)
 
 
-def _rows(values: Any, shape: torch.Size) -> Tensor | None:
+def _rows(values: Any, shape: torch.Size, batch: Mapping[str, Any]) -> Tensor | None:
     """One of the labels, or of the mask, for each row of logits (B, L, C); None where they do not fit.
 
-    Logits of more rows begin with those of virtual tokens, as of a learnt prompt, which have no label.
+    Logits of more rows than there are words begin with those of virtual tokens, as of a learnt prompt, which have no
+    label. Where the batch has no words, nor anything else as long as the labels, these are a sequence of their own, as
+    for the alignment of speech.
     """
-    if not isinstance(values, Tensor) or values.dim() != 2 or len(values) != shape[0] or values.shape[1] > shape[1]:
+    if not isinstance(values, Tensor) or values.dim() != 2 or len(values) != shape[0]:
         return None
     virtual = shape[1] - values.shape[1]
+    others = [x for n, x in batch.items() if isinstance(x, Tensor) and n not in ("labels", "attention_mask")]
+    words = any(not x.is_floating_point() and x.dim() > 1 for x in others)
+    as_long = any(x.shape[:2] == values.shape for x in others)
+    if virtual < 0 or (virtual and not as_long) or not (words or as_long):
+        return None
     return nn.functional.pad(values, (virtual, 0), value=IGNORED if virtual else 0)
 
 

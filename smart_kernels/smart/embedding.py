@@ -153,6 +153,16 @@ class EmbeddingHook:
         with self._hooked():
             yield
 
+    @contextmanager
+    def unread(self) -> Iterator[None]:
+        """The hook of :meth:`read` in a pass of which nothing is kept."""
+        calls = self.calls
+        try:
+            with self.read():
+                yield
+        finally:
+            self.calls = calls
+
     def forget(self) -> None:
         """Do not keep the calls, and their graph, any longer."""
         self.calls = []

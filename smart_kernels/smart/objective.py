@@ -192,7 +192,7 @@ class Smart:
             deltas: Deltas | None = None
             checking = not self._checked and config.check and not self._alone
             if checking:
-                check_connected(clean)
+                check_connected(clean, clean.logits)
             if not self._alone:
                 divergence = self._divergence(clean, num_items)
             if self.teacher is not None:
@@ -200,6 +200,8 @@ class Smart:
                 loss = loss + config.mu * proximal
             if clean.embeddings:
                 deltas, perturbed = self._perturbed(clean, divergence, initial_perturbation, generator)
+                if checking:
+                    check_connected(clean, perturbed)
                 smoothness = divergence(perturbed, detached(clean.logits) if config.detach_clean else clean.logits)
                 loss = loss + config.lambda_s * smoothness
             if checking:
@@ -238,7 +240,7 @@ class Smart:
             with passes.step(untouched=True), torch.enable_grad():
                 clean = passes.clean(batch, differentiable=config.adversary in AT_CLEAN)
                 divergence = self._divergence(clean, None)
-                check_connected(clean)
+                check_connected(clean, clean.logits)
                 report = check_zero(passes, clean, divergence, config, self.teacher)
                 if clean.embeddings:
                     deltas, perturbed = self._perturbed(clean, divergence, None, None)
@@ -253,6 +255,15 @@ class Smart:
     def trial(self) -> AbstractContextManager[None]:
         """Around runs of the user's function in evaluation mode whose traces are put back when it ends."""
         return self._passes.trial()
+
+    @property
+    def alone(self) -> bool:
+        """Whether a step is an ordinary one, as no term is on."""
+        return self._alone
+
+    def asks_for_logits(self, asks: bool) -> None:
+        """Say whether the user's function computes logits on our behalf, in a further pass that is not the user's."""
+        self._passes.asks_for_logits = asks
 
     @property
     def repeats(self) -> bool:

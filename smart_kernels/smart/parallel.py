@@ -24,10 +24,14 @@ def check_supported(model: nn.Module) -> None:
     """Refuse the wrappers that copy or flatten parameters.
 
     Raises:
-        TypeError: the model is wrapped by DataParallel or by the first FullyShardedDataParallel.
+        TypeError: the model is wrapped by DataParallel or by the first FullyShardedDataParallel, or of torch.jit.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported for those who have no use for it
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"model: got a {type(module).__name__} of torch.jit, expected a plain module; or torch.compile"
+            )
         if isinstance(module, DataParallel) or (fsdp and isinstance(module, fsdp.FullyShardedDataParallel)):
             raise TypeError(
                 f"model: got a {type(module).__name__}, expected a plain module, DistributedDataParallel "

@@ -181,6 +181,8 @@ class Passes:
         self.hook = None if embedding is None else EmbeddingHook(embedding)
         self.repeats = False
         """Whether an extra pass runs in place of the clean one, for the user's function to know."""
+        self.asks_for_logits = False
+        """Whether the function computes logits beside the loss on our behalf, which the user's program does not."""
         self._forward = forward
         self._alone = alone
         self._bare = without_reducer(model)
@@ -196,9 +198,10 @@ class Passes:
         self._taught = taught
         self._trainable = {id(p) for _, p in self._parameters if p.requires_grad}
         self._places = [
-            (f"{name}.{key}".lstrip("."), places, key, part, getattr(part, "shape", None))
+            (f"{name}.{key}".lstrip("."), places, key, part, part.shape if isinstance(part, Tensor) else None)
             for name, module in self._bare.named_modules()
             for places in (module._parameters, module._modules)
+            if isinstance(places, dict)  # not so of torch.jit's
             for key, part in places.items()
             if part is not None
         ]
@@ -299,7 +302,7 @@ class Passes:
                 from it what a backward pass is like.
         """
         if self._alone:
-            loss, logits = self._forward(self.model, batch)
+            loss, logits = self._user(self.model, batch)
             return CleanPass(loss, () if logits is None else _as_logits(logits), (), batch, ())
         self._batch, _ = copied(batch)
         objects, dicts = reachable(self._forward)
@@ -313,7 +316,7 @@ class Passes:
         try:
             reading = nullcontext() if hook is None else hook.read(differentiable and not apart)
             with reading, self._sharing(), recording:
-                loss, logits = self._forward(self.model, batch)
+                loss, logits = self._user(self.model, batch)
         finally:
             self._after = self._generators.states()
         self._attributes.find_changes()
@@ -334,6 +337,10 @@ class Passes:
             hook.check_called(calls)
         self._regraphed = self._replay is not None and self._without_graph(logits)
         if self._regraphed:
+            assert self._replay is not None
+            if self.asks_for_logits:
+                # they are those of the loss's own pass, and what was drawn for them was not in the user's program
+                self._after = self._replay.begin_at(self._before)
             reading = nullcontext() if hook is None else hook.read(differentiable and not apart)
             with self._extra(), reading:
                 logits = self._run()
@@ -341,6 +348,12 @@ class Passes:
             self.reduction.after(logits, late=(loss,))
         arguments = tuple({} if self._replay is None else self._replay.arguments(i) for i in places)
         return CleanPass(loss, logits, calls, self._batch, arguments, places, self._regraphed, called)
+
+    def _user(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        """The user's function: a loss and logits, or a loss alone."""
+        result: Any = self._forward(model, batch)
+        loss, logits = (result, None) if isinstance(result, Tensor) else result
+        return loss, logits
 
     def _without_graph(self, logits: Logits) -> bool:
         """Whether the logits were computed without a graph, as for a metric, where the loss has one."""
@@ -396,8 +409,8 @@ class Passes:
             with self._extra(), torch.no_grad(), swapped:
                 return self._run()
         with self._extra(), _nothing_saved():
-            if self.compiled():  # the same parameters, so the same graph
-                with swapped:
+            if self.compiled():  # the same parameters, and the same hook, so the same graph
+                with swapped, nullcontext() if self.hook is None else self.hook.unread():
                     return detached(self._run())
             values = own if teacher is None else teacher.parameters()
             changed = {name for name, _ in self._changed_parameters}
@@ -437,10 +450,10 @@ class Passes:
         self.repeats = True
         try:
             if not self._by_calls:
-                loss, logits = self._forward(self._bare, batch)
+                loss, logits = self._user(self._bare, batch)
                 return loss, _as_logits(logits)
             with Recording(self._bare, self._modules, self._ids, None, None) as recording:
-                loss, _ = self._forward(self._bare, batch)
+                loss, _ = self._user(self._bare, batch)
             return loss, called_logits(recording.outputs())[1]
         finally:
             self.repeats = False

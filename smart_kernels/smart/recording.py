@@ -119,6 +119,8 @@ class Recording(TorchFunctionMode):
         self._entries = entries
         self._parameters = parameters
         self._numbers: Any = WeakTensorKeyDictionary()
+        self._made_as: dict[int, _Mark] = {}  # by number
+        self._taken = False  # whether a value has been read out of a tensor that came from the model
         self._objects: dict[int, tuple[Any, int]] = {}  # by id: kept alive, so that ids stay unique
         self._next = 0
         self._depth = 0
@@ -163,25 +165,30 @@ class Recording(TorchFunctionMode):
                     self._inner = None
                     node.arguments, node.reads, node.writes, node.unknown = self._kept((args, kwargs), clone=True)
                 return run(*args, **kwargs)
-            self.called.add(module)
-            inner = without_reducer(module)
-            node = self._node(inner, (args, kwargs), call=True)
-            self._inner = None if inner is module else (inner, node)
-            begin = self._count()
-            self._depth += 1
-            try:
-                with self._paused():
-                    output = run(*args, **kwargs)
-            finally:
-                self._depth -= 1
-                self._inner = None
-            node.embeddings = range(begin, self._count())
-            node.output = output
-            self._made(node, output)
-            self.nodes.append(node)
-            return output
+            with self._paused():
+                return self._record(module, run, args, kwargs)
 
         return call
+
+    def _record(self, module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call a module from outside of the model."""
+        self.called.add(module)
+        inner = without_reducer(module)
+        node = self._node(inner, (args, kwargs), call=True)
+        node.unknown |= self._taken and any(type(x) is float for x in leaves((args, kwargs)))
+        self._inner = None if inner is module else (inner, node)
+        begin = self._count()
+        self._depth += 1
+        try:
+            output = run(*args, **kwargs)
+        finally:
+            self._depth -= 1
+            self._inner = None
+        node.embeddings = range(begin, self._count())
+        node.output = output
+        self._made(node, output)
+        self.nodes.append(node)
+        return output
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -203,8 +210,10 @@ class Recording(TorchFunctionMode):
         if self._depth or torch.compiler.is_compiling() or not self._of_model((args, kwargs)):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        self._taken |= name in _TAKING
         changes = "out" in kwargs or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         node = self._node(func, (args, kwargs), changes=changes)
+        node.unknown |= self._taken
         result = func(*args, **kwargs)
         if changes or any(isinstance(x, Tensor) for x in leaves(result)):
             if changes:
@@ -242,6 +251,7 @@ class Recording(TorchFunctionMode):
             if isinstance(x, Tensor):
                 number = self._numbers.get(x)
                 if number is not None:
+                    unknown |= self._made_as[number] != _mark(x)
                     reads.add(number)
                     return _Value(number)
                 if x.grad_fn is not None:
@@ -277,6 +287,7 @@ class Recording(TorchFunctionMode):
                 number = self._numbers.get(x)
                 if number is None:
                     number = self._numbers[x] = self._number()
+                self._made_as[number] = _mark(x)
             elif isinstance(x, PLAIN) or callable(x):
                 continue
             elif id(x) in self._objects:
@@ -299,13 +310,21 @@ class Recording(TorchFunctionMode):
             if other is tensor or shares(other, tensor):
                 node.writes.add(number)
                 node.reads.add(number)
+                self._made_as[number] = _mark(other)
 
     # ---------------------------------------------------------------------------------------------- what it gives
 
     def outputs(self) -> list[Any]:
-        """What the calls gave, of those that can be differentiated; of all where none can."""
-        outputs = [n.output for n in self.nodes if n.call]
-        with_graph = [o for o in outputs if any(isinstance(x, Tensor) and x.requires_grad for x in leaves(o))]
+        """What those calls gave that no later one takes up, if it can be differentiated; of all where none can."""
+        calls = [n for n in self.nodes if n.call and any(x.dim() for x in tensors(n.output))]  # not so of a criterion
+        inner: set[int] = set()  # what goes into a later call is no result
+        for call in calls:
+            inner |= call.reads
+        for node in reversed(self.nodes):
+            if node.writes & inner:
+                inner |= node.reads
+        outputs = [n.output for n in calls if not set(n.outputs.values()) & inner]
+        with_graph = [o for o in outputs if any(x.requires_grad for x in tensors(o))]
         return with_graph or outputs
 
     def replay(self, logits: Sequence[Tensor], whole: bool) -> Replay | None:
@@ -328,7 +347,8 @@ class Recording(TorchFunctionMode):
         nodes.reverse()
         for node in self.nodes:
             node.output = None
-        kept = all(not n.unknown and (n.function is _again or _as_it_was(n.arguments)) for n in nodes)
+        sound = all(n is None or self._made_as[n] == _mark(x) for n, x in zip(numbers, logits, strict=True))
+        kept = sound and all(not n.unknown and (n.function is _again or _as_it_was(n.arguments)) for n in nodes)
         if None in numbers or not kept or not any(n.call for n in nodes):
             return None
         return Replay(nodes, [n for n in numbers if n is not None], list(self._modules), whole)
@@ -343,6 +363,12 @@ class Replay(nn.Module):
         self._logits = logits
         self._tree = _Held(modules)
         self._set = generators
+
+    def begin_at(self, generators: States) -> States:
+        """Let the first call find the generators so; returns how it would have found them."""
+        call = next(n for n in self._nodes if n.call)
+        own, call.generators = call.generators, generators
+        return own
 
     @property
     def embeddings(self) -> list[int]:
@@ -409,6 +435,15 @@ def _again() -> None:
 _HERE = Surroundings(True, ())
 _IN_PLACE = {f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
 _IN_PLACE |= {"__setitem__", "__set__"}
+_TAKING = {"item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "__contains__"}
+"""Functions that read a value out of a tensor: what Python makes of it is not seen."""
+
+_Mark = tuple[int, int | None]
+
+
+def _mark(x: Tensor) -> _Mark:
+    """What changes where a tensor is changed, or put into another graph, by something that is not recorded."""
+    return version(x), None if x.grad_fn is None else x.grad_fn._sequence_nr()
 
 
 def outside_compiled(module: nn.Module) -> Iterator[nn.Module]:

@@ -6,11 +6,12 @@ not put back in place, as a graph may need it as it stands: the repetition works
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 import sys
 import types
-from collections import OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,8 +26,14 @@ _TorchGenerator = torch.Generator
 _MISSING = object()
 _OF_MODULES = frozenset(vars(nn.Module()))
 """The attributes that torch itself keeps in a module: parameters, hooks, training; `_buffers` is looked at apart."""
-_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
+_CONTAINERS = (list, dict, set, deque)
 _LARGEST_CONTAINER = 65536
+_LIBRARIES = {
+    "accelerate", "builtins", "collections", "datasets", "enum", "functools", "lightning", "lightning_fabric",
+    "logging", "numpy", "peft", "pytorch_lightning", "sentence_transformers", "smart_kernels", "tokenizers", "torch",
+    "torchmetrics", "transformers", "trl",
+}  # fmt: skip
+"""Packages whose objects are not looked into."""
 _DEPTH = 4
 _SMALL = 65536
 """Elements of a tensor up to which it is copied at each step, whether or not it has ever been changed."""
@@ -113,7 +120,9 @@ class Attributes:
         self._changing = set() if changing is None else changing
         self._values: list[tuple[dict[str, Any], dict[str, Any], int]] = []
         self._tensors: list[tuple[dict[str, Any], str, Tensor, int, Tensor | None]] = []
-        self._contents: dict[int, tuple[Any, Any]] = {}
+        self._contents: dict[int, tuple[Any, Any, dict[int, Any]]] = {}
+        self._arrays: list[tuple[dict[str, Any], str, Any, Any]] = []
+        self._seen: set[int] = set()
         self._changes: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
         self._originals: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
         for one in objects:
@@ -136,30 +145,40 @@ class Attributes:
                 if type(value) is not nn.Parameter:
                     copied = not value.requires_grad and (value.numel() <= _SMALL or id(value) in self._changing)
                     self._tensors.append((place, name, value, version(value), value.clone() if copied else None))
-            elif type(value) in _CONTAINERS:
+            elif _is_array(value):
+                self._arrays.append((place, name, value, value.copy()))
+            elif isinstance(value, _CONTAINERS):
                 self._contained(value, _DEPTH)
+            elif _is_of_user(value) and id(value) not in self._seen:
+                self._seen.add(id(value))
+                self._keep(vars(value), dict(vars(value)))
 
     def _contained(self, container: Any, depth: int) -> None:
         if id(container) in self._contents or len(container) > _LARGEST_CONTAINER:
             return
-        self._contents[id(container)] = container, container.copy()
-        if depth:
-            for value in container.values() if isinstance(container, dict) else container:
-                if type(value) in _CONTAINERS:
-                    self._contained(value, depth - 1)
+        values = container.values() if isinstance(container, dict) else container
+        copies = {
+            id(v): v.clone() if isinstance(v, Tensor) else v.copy()
+            for v in values
+            if _is_array(v) or (isinstance(v, Tensor) and not v.requires_grad and v.numel() <= _SMALL)
+        }
+        self._contents[id(container)] = container, copy.copy(container), copies
+        for value in values if depth else ():
+            if isinstance(value, _CONTAINERS):
+                self._contained(value, depth - 1)
 
     def find_changes(self) -> None:
         """What the pass has changed, for :meth:`repeated`: to be called when it ends."""
         self._changes, self._originals = [], []
         in_place = set()
-        for place, name, tensor, old, copy in self._tensors:
+        for place, name, tensor, old, kept in self._tensors:
             # what was copied may have been changed by a kernel that does not count, such as batch norm's
-            if version(tensor) != old or copy is not None:
+            if version(tensor) != old or kept is not None:
                 if version(tensor) != old:
                     self._changing.add(id(tensor))
                 in_place.add((id(place), name))
                 # what was not copied is repeated from where the pass left it; from the next step on it is copied
-                start = tensor.detach().clone() if copy is None else copy
+                start = tensor.detach().clone() if kept is None else kept
                 self._changes.append((_copier(place, name, start), _setter(place, name, place.get(name, _MISSING))))
                 self._originals.append((place, name, tensor, start))
         for place, before, size in self._values:
@@ -167,12 +186,17 @@ class Attributes:
                 new = place.get(name, _MISSING)
                 if new is not old and (id(place), name) not in in_place:
                     self._changes.append((_setter(place, name, old), _setter(place, name, new)))
-            if size not in (-1, len(place)):
+            if size != -1 and (size != len(place) or any(name not in place for name in before)):
                 for name in place.keys() - before.keys() - _OF_MODULES:
                     self._changes.append((_setter(place, name, _MISSING), _setter(place, name, place[name])))
-        for container, before in self._contents.values():
-            if not _same(container, before):
-                self._changes.append((_filler(container, before), _filler(container, container.copy())))
+        for place, name, array, start in self._arrays:
+            if not (array == start).all():
+                in_place.add((id(place), name))
+                self._changes.append((_copier(place, name, start), _setter(place, name, place.get(name, _MISSING))))
+        for container, before, copies in self._contents.values():
+            if copies or not _same(container, before):
+                after = copy.copy(container)
+                self._changes.append((_filler(container, before, copies), _filler(container, after, {})))
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
@@ -254,14 +278,38 @@ def _same(container: Any, before: Any) -> bool:
     return all(v is w for v, w in zip(container, before, strict=True))
 
 
-def _copier(place: dict[str, Any], name: str, tensor: Tensor) -> Callable[[], Any]:
-    return lambda: place.__setitem__(name, tensor.clone())
+def _again(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value.copy()
 
 
-def _filler(container: Any, contents: Any) -> Callable[[], Any]:
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray) and value.size <= _SMALL and value.dtype != object
+
+
+def _is_of_user(value: Any) -> bool:
+    """Whether an object is of a class of the user's, which may count something; libraries keep their own state."""
+    if isinstance(value, nn.Module | type | types.FunctionType | types.MethodType) or not hasattr(value, "__dict__"):
+        return False
+    return type(value).__module__.split(".")[0] not in _LIBRARIES
+
+
+def _copier(place: dict[str, Any], name: str, tensor: Any) -> Callable[[], Any]:
+    return lambda: place.__setitem__(name, _again(tensor))
+
+
+def _filler(container: Any, contents: Any, copies: dict[int, Any]) -> Callable[[], Any]:
+    def value_of(value: Any) -> Any:
+        return _again(copies[id(value)]) if id(value) in copies else value
+
     def fill() -> None:
         container.clear()
-        container.update(contents) if isinstance(container, dict | set) else container.extend(contents)
+        if isinstance(container, dict):
+            container.update({k: value_of(v) for k, v in contents.items()})
+        elif isinstance(container, set):
+            container.update(contents)
+        else:
+            container.extend(value_of(v) for v in contents)
 
     return fill
 

@@ -65,7 +65,7 @@ def mapped(x: Any, function: Callable[[Any], Any], keep: bool = False) -> Any:
     if type(x) in (tuple, list):
         return type(x)([mapped(v, function, keep) for v in x])
     if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return type(x)(*(mapped(v, function, keep) for v in x))
+        return tuple.__new__(type(x), [mapped(v, function, keep) for v in x])  # its own __new__ may compute
     if type(x) is dict:
         return {k: mapped(v, function, keep) for k, v in x.items()}
     if keep and (contents := _fields(x)) is not None:
