@@ -162,12 +162,15 @@ void advance(LongRow<T>& row, const Survey<T>& at, Block<T>& block) {
   }
 }
 
-// The sums over some classes of a block. What waits is w, and v or expm1(d).
+// The sums over some classes of a block. What waits is w, and v or expm1(d). The next block, `ahead`, is asked for
+// meanwhile: to look at it takes no longer than to fetch it.
 template <typename T, bool near, bool wait>
-void gather(LongRow<T>& row, const T* a, const T* b, int64_t cols, T* wait_a, T* wait_b) {
+void gather(LongRow<T>& row, const T* a, const T* b, int64_t cols, int64_t ahead, T* wait_a, T* wait_b) {
   const T max_a = row.max_a, max_b = row.max_b, centre = row.centre();
   Vec<T> vw{}, vwd{}, vx{}, vxd{};
   for_columns<T>(0, cols, row.careful, [&](auto checked, int64_t j, int n) SK_LAMBDA {
+    __builtin_prefetch(a + j + ahead);
+    __builtin_prefetch(b + j + ahead);
     const Pair<T> y = load_pair<T, checked>(a, b, j, n);
     Vec<T> d = y.d - centre;
     if constexpr (checked) d = y.absent ? Vec<T>{} : d;
@@ -589,12 +592,13 @@ class LongRows {
       return;
     }
     advance(row, at, block);
+    const int64_t ahead = k + 1 < blocks_ ? kBlock<T> : 0;
     const int64_t step = row.careful ? 2 * kLanes<T> : kBlock<T>, cols = size(k);
     for (int64_t j = 0; j < cols; j += step) {
       T *const wait_a = waiting(row.wait_a, begin(k) + j), *const wait_b = waiting(row.wait_b, begin(k) + j);
       const auto each = [&](auto near, auto wait) SK_LAMBDA {
         gather<T, near, wait>(
-            row, a_[i] + j, b_[i] + j, std::min(step, cols - j), wait_a, wait_b);
+            row, a_[i] + j, b_[i] + j, std::min(step, cols - j), ahead, wait_a, wait_b);
       };
       const auto one = [&](auto near) SK_LAMBDA { job_.wait ? each(near, std::true_type{}) : each(near, std::false_type{}); };
       block.near ? one(std::true_type{}) : one(std::false_type{});
