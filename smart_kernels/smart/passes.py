@@ -408,7 +408,8 @@ class Passes:
         if self._sharded:  # whose hooks would wait for the backward pass
             with self._extra(), torch.no_grad(), swapped:
                 return self._run()
-        with self._extra(), _nothing_saved():
+        # a compiled model asks whether casts are kept; `weights()` forgets them
+        with self._extra(), _nothing_saved(casts_kept=self.compiled()):
             if self.compiled():  # the same parameters, and the same hook, so the same graph
                 with swapped, nullcontext() if self.hook is None else self.hook.unread():
                     return detached(self._run())
@@ -490,13 +491,16 @@ def _drop(_tensor: Any) -> Any:
 
 
 @contextmanager
-def _nothing_saved() -> Iterator[None]:
+def _nothing_saved(casts_kept: bool) -> Iterator[None]:
     """The graph that a pass makes keeps no tensor: it is not for a backward pass.
 
     What is computed may depend on whether there is a graph, so a pass that is compared with one in training has one.
+
+    Args:
+        casts_kept: let autocast keep what it casts; not of weights that are not the model's.
     """
     caching = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)  # of weights that are not the model's
+    torch.set_autocast_cache_enabled(caching and casts_kept)
     try:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
             yield
