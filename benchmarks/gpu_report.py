@@ -42,7 +42,7 @@ from gpu_code import TARGETS, Code
 from harness import RESULTS, Report, format_table, progress_bar, seconds_text, three_digits
 from smart_kernels import reference
 from smart_kernels.ops import _chunks
-from smart_kernels.triton_kernels import perturbation, symmetric_kl, tiles
+from smart_kernels.triton_kernels import ema, perturbation, symmetric_kl, tiles
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -222,21 +222,36 @@ def ema_work(shadow: str, parameter: str, stochastic: bool) -> Work:
 
     def compile(target: str) -> list[Code]:
         code, part = (gpu_code.ahead_of_time_cuda(target, head + s, EMA_THREADS, CSRC) for s in (whole, branch))
-        # of its loops the one for aligned tensors, which are read 16 bytes at a time; the shorter of two such copies
-        aligned = [loop for loop in part.loops if any("128" in opcode for opcode in loop if opcode.startswith("LDG"))]
-        wide = max(aligned, key=Counter.total)
-        once = part.opcodes.copy()
-        for loop in part.loops:
-            if loop is not wide:
-                once -= loop
-        programs = -(-BERT_BASE // _chunks.CHUNK)
-        kernel = f"ema_update_kernel<{flag}>"
-        return [dataclasses.replace(code, kernel=kernel, opcodes=once, loops=(wide,), programs=programs)]
+        return [_for_aligned_tensors(dataclasses.replace(code, kernel=f"ema_update_kernel<{flag}>"), part)]
 
-    name = f"{shadow}←{parameter}"
+    return _ema_work(f"ema_update_, CUDA{', stochastic' * stochastic}", shadow, parameter, compile)
+
+
+def triton_ema_work(shadow: str, parameter: str) -> Work:
+    """Of the Triton kernel, which serves where no CUDA kernel was compiled."""
+    dtypes = 1 << _chunks.DTYPES.index(DTYPES[shadow]) + 4 * _chunks.DTYPES.index(DTYPES[parameter])
+    arguments = torch.zeros(7, 1, dtype=torch.int64), dtypes, 0.999, None, None
+
+    def compile(target: str) -> list[Code]:
+        (code,) = gpu_code.ahead_of_time(target, ema.ema_update_chunks, *arguments)
+        return [_for_aligned_tensors(code, code)]
+
+    return _ema_work("ema_update_, Triton", shadow, parameter, compile)
+
+
+def _for_aligned_tensors(code: Code, part: Code) -> Code:
+    """A kernel with the instructions of this part of it, of whose loops that alone counts which reads widest."""
+    wide = max(part.loops, key=lambda loop: (bytes_of(part, loop, "loads"), loop.total()))
+    once = part.opcodes.copy()
+    for loop in part.loops:
+        if loop is not wide:
+            once -= loop
+    return dataclasses.replace(code, opcodes=once, loops=(wide,), programs=-(-BERT_BASE // _chunks.CHUNK))
+
+
+def _ema_work(op: str, shadow: str, parameter: str, compile: Callable[[str], list[Code]]) -> Work:
     sizes = DTYPES[shadow].itemsize, DTYPES[parameter].itemsize
-    op = "ema_update_, stochastic" if stochastic else "ema_update_"
-    return Work(op, "BERT-base", name, BERT_BASE, sum(sizes), sizes[0], compile)
+    return Work(op, "BERT-base", f"{shadow}←{parameter}", BERT_BASE, sum(sizes), sizes[0], compile)
 
 
 KL_SHAPES = (
@@ -260,6 +275,7 @@ def works(ops: Sequence[str]) -> Iterator[Work]:
     if "ema_update_" in ops:
         pairs = (("fp32", "fp32", False), ("fp32", "bf16", False), ("bf16", "bf16", True))
         yield from (ema_work(*pair) for pair in pairs)
+        yield from (triton_ema_work(shadow, parameter) for shadow, parameter, stochastic in pairs if not stochastic)
 
 
 OPS = ("symmetric_kl", "perturbation_step", "init_perturbation", "ema_update_")
@@ -428,6 +444,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with progress_bar(len(todo), "gpu_report") as progress:
         for target, work in todo:
             progress(f"{target}: {work.op} {work.shape} {work.dtype}")
+            # AMD's compiler lays blocks out of order, so that of several loops none can be told from another.
             if work.op.startswith("ema_update_") and target.startswith("gfx"):
                 continue
             try:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
 from smart_kernels.integrations.transformers import SmartTrainer, SmartTrainingArguments
+
+requires_trainer = pytest.mark.skipif(
+    importlib.util.find_spec("accelerate") is None, reason="Trainer needs accelerate, which is not installed here"
+)
 
 VOCABULARY, LENGTH, EXAMPLES = 20, 6, 16
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}

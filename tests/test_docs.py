@@ -7,6 +7,7 @@ import re
 
 import pytest
 import readme
+from hf_tasks import requires_trainer
 
 import smart_kernels
 from smart_kernels import environment
@@ -17,7 +18,9 @@ PUBLIC = [getattr(smart_kernels, name) for name in smart_kernels.__all__]
 
 
 @pytest.mark.parametrize(
-    "item", [*PUBLIC, environment.kernels, save_smart, SmartTrainingArguments], ids=lambda item: item.__name__
+    "item",
+    [*PUBLIC, environment.kernels, save_smart, pytest.param(SmartTrainingArguments, marks=requires_trainer)],
+    ids=lambda item: item.__name__,
 )
 def test_docstring_example(item: object) -> None:
     (found,) = [test for test in doctest.DocTestFinder(recurse=False).find(item) if test.examples]

@@ -164,12 +164,17 @@ def test_every_other_kernel(target: str) -> None:
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize(("parameter", "bytes_an_element"), [("fp32", 12), ("bf16", 10)])
-def test_the_average_of_a_model(target: str, parameter: str, bytes_an_element: int) -> None:
-    try:
-        gpu_code.nvcc()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    (row,) = gpu_report.predict(gpu_report.ema_work("fp32", parameter, False), target)
+@pytest.mark.parametrize("kernel", ["CUDA", "Triton"])
+def test_the_average_of_a_model(target: str, parameter: str, bytes_an_element: int, kernel: str) -> None:
+    if kernel == "CUDA":
+        try:
+            gpu_code.nvcc()
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
+        work = gpu_report.ema_work("fp32", parameter, False)
+    else:
+        work = gpu_report.triton_ema_work("fp32", parameter)
+    (row,) = gpu_report.predict(work, target)
     assert (row.minimum, row.asked, row.from_memory) == (bytes_an_element,) * 3
     assert row.spills == 0
     assert row.bound == "memory"
@@ -192,5 +197,9 @@ def test_end_to_end_and_without_a_cuda_compiler(
     assert "H100 (sm_90): times are predicted" in printed
     assert "The CUDA kernels are left out: no nvcc on the PATH or in NVCC" in printed
     report = json.loads((tmp_path / "gpu_report.json").read_text())
-    assert [row["card"] for row in report["predictions"]] == ["H100", "MI300X"]
+    assert [(row["card"], row["op"]) for row in report["predictions"]] == [
+        ("H100", "init_perturbation"),
+        *[("H100", "ema_update_, Triton")] * 2,
+        ("MI300X", "init_perturbation"),
+    ]
     assert report["cards"]["sm_90"]["bandwidth"] == 3.35e12

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_tasks import TASKS
+from hf_tasks import TASKS, requires_trainer
 from safetensors.torch import load_file, save_file
 from smart_models import Encoder, batch_for
 from torch import Tensor
@@ -195,6 +195,7 @@ def test_other_numbers_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert torch.equal(smart.generator.get_state(), generators[rank] if rank < 3 else own)
 
 
+@requires_trainer
 def test_killed_while_saving(tmp_path: Path) -> None:
     """20 processes that save SMART's state alone and 20 that train, each killed at a random moment by SIGKILL."""
     script = Path(__file__).with_name("killed_while_saving.py")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from distributed_world import World
-from hf_tasks import NO_DROPOUT, TASKS, trainer_for
+from hf_tasks import NO_DROPOUT, TASKS, requires_trainer, trainer_for
 from safetensors.torch import load_file
 from smart_models import Encoder
 from torch import Tensor
@@ -63,6 +63,7 @@ def train_part_with_fixed_noise(*args: Any) -> tuple[dict[str, Tensor], ...]:
         return train_part(*args)
 
 
+@requires_trainer
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_two_processes_are_one(name: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In micro-batches with different numbers of tokens; also where the model's loss ignores how many there are."""
@@ -79,6 +80,7 @@ def test_two_processes_are_one(name: str, world: World, tmp_path: Path, monkeypa
             torch.testing.assert_close(result[2][key], value, rtol=1e-4, atol=1e-8)
 
 
+@requires_trainer
 def test_resumed_training_gives_the_same_bits(world: World, tmp_path: Path) -> None:
     """With dropout, and noise that differs from process to process."""
     options = {"save_strategy": "steps", "save_steps": 2}
