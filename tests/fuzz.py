@@ -47,7 +47,7 @@ def sizes(r: random.Random, most_rows: int) -> tuple[list[int], int]:
     cols = r.choice([r.randint(1, 6), r.randint(1, 70), r.randint(1, 70), r.randint(1, 140), r.randint(100, 350)])
     if r.random() < 0.01:
         cols = r.choice([1000, 1037, 4097, 8191])
-    rows = max(1, min(most_rows, (20_000 if r.random() < 0.02 else 800) // cols))
+    rows = max(1, min(most_rows, (8000 if r.random() < 0.02 else 300) // cols))
     lead = [r.randint(1, max(1, rows))]
     for _ in range(r.choice([0, 0, 1, 2])):
         split = r.randint(1, 4)
