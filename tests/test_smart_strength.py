@@ -64,7 +64,7 @@ def test_the_bench_compares_like_with_like() -> None:
 
 
 def test_tables_and_figures(tmp_path: Path) -> None:
-    timings = [Timing(name, time, time, time, 5, 1, 10**6) for name, time in (("vanilla", 0.1), ("power", 0.26))]
+    timings = [Timing(name, name, time, time, time, 5, 1, 10**6) for name, time in (("vanilla", 0.1), ("power", 0.26))]
     case = Case("a model", "", ("vanilla",), None, timings, [])
     assert bench_smart.costs(case) == pytest.approx({"vanilla": 1, "power": 2.6})
     assert re.search(r"smart_kernels power .*260 ms .* 2\.60 +2\.67 +1.00 MB", bench_smart.cost_table([case]))

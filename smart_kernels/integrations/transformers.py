@@ -414,6 +414,8 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
 def _named_mask(name: str | None) -> Callable[[Any], Any]:
     if name is None:
         return attention_mask
+    if not isinstance(name, str):
+        raise TypeError(f"smart_mask: got {type(name).__name__}, expected the name of an input, 'none' or None")
 
     def mask(inputs: dict[str, Any]) -> Any:
         if name != "none" and name not in inputs:

@@ -274,7 +274,7 @@ def _rows(values: Any, shape: torch.Size, batch: Mapping[str, Any]) -> Tensor | 
     others = [x for n, x in batch.items() if isinstance(x, Tensor) and n not in ("labels", "attention_mask")]
     words = any(not x.is_floating_point() and x.dim() > 1 for x in others)
     as_long = any(x.shape[:2] == values.shape for x in others)
-    if virtual < 0 or (virtual and not as_long) or not (words or as_long):
+    if virtual < 0 or (virtual and not as_long) or (others and not words and not as_long):
         return None
     return nn.functional.pad(values, (virtual, 0), value=IGNORED if virtual else 0)
 
