@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smart_kernels.ops.symmetric_kl import symmetric_kl, symmetric_kl_grad
+from smart_kernels.ops.divergence import symmetric_kl, symmetric_kl_grad
 from smart_kernels.smart.config import Logits
 from smart_kernels.smart.embedding import first_having
 
