@@ -176,8 +176,8 @@ def kl_work(rows: int, classes: int, dtype_name: str, way: str) -> Work:
         outputs * dtype.itemsize,
         lambda target: gpu_code.ahead_of_time(target, launcher, a, b, None, batchmean, *options),
         {
-            "_symmetric_kl_kernel, parts": (2 * dtype.itemsize, 0),
-            "_symmetric_kl_kernel, finish": (2 * dtype.itemsize if outputs else 0, outputs * dtype.itemsize),
+            "_divergence_kernel, parts": (2 * dtype.itemsize, 0),
+            "_divergence_kernel, finish": (2 * dtype.itemsize if outputs else 0, outputs * dtype.itemsize),
         },
     )  # fmt: skip
 

@@ -151,7 +151,8 @@ def reverse_kl(p: Tensor, q: Tensor, x: Tensor, t: Tensor, beta: float) -> Parts
 
 def js(p: Tensor, q: Tensor, x: Tensor, t: Tensor, beta: float) -> Parts:
     """beta KL(q||m) + (1 - beta) KL(p||m), m = beta q + (1 - beta) p."""
-    log_mq, log_mp = _log_ratio(q, (1 - beta) * x), _log_ratio(p, -beta * x)
+    m = beta * q + (1 - beta) * p
+    log_mq, log_mp = _log_ratio(q, m, (1 - beta) * x), _log_ratio(p, m, -beta * x)
     of_q, of_p = _excess(q, (1 - beta) * x, log_mq), _excess(p, -beta * x, log_mp)
     return beta * of_q + (1 - beta) * of_p, -(1 - beta) * p * log_mp, -beta * q * log_mq
 
@@ -196,10 +197,11 @@ def _mass_times(q: Tensor, log: Tensor) -> Tensor:
     return torch.where(log == math.inf, 0, q * log)
 
 
-def _log_ratio(q: Tensor, x: Tensor) -> Tensor:
-    """log((q + x) / q) of a mixture q + x > 0; 0 where q is."""
-    info = torch.finfo(q.dtype)
-    return torch.where(q == 0, 0, torch.log1p((x / q).clamp(info.eps / 2 - 1, info.max)))
+def _log_ratio(q: Tensor, m: Tensor, x: Tensor) -> Tensor:
+    """log(m / q) of a mixture m = q + x > 0; 0 where q is."""
+    near = torch.log1p((x / q).clamp(-SMALL, SMALL))
+    far = (m / q).clamp(max=torch.finfo(q.dtype).max).log()
+    return torch.where(q == 0, 0, torch.where(x.abs() <= SMALL * q, near, far))
 
 
 def _excess(q: Tensor, x: Tensor, log: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def test_a_step_needs_nothing_on_the_host(
         assert "_init_kernel" in launched
         assert ("_step_kernel" in launched) == (adversary != "random")
         # of each divergence the loss with its gradients; for "power" the gradient alone before
-        assert launched.count("_symmetric_kl_kernel") >= (3 if adversary == "power" else 2)
+        assert launched.count("_divergence_kernel") >= (3 if adversary == "power" else 2)
     assert all(p.grad is not None for p in model.parameters())
 
 

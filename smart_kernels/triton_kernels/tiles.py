@@ -26,7 +26,7 @@ _POWERS = [2**k for k in range(4, 11)]
 # classes take one warp, which has no barriers; longer ones leave each thread 16 elements. Beyond 8192 a row goes by in
 # blocks; from 24577 on these are so large that one program fills a multiprocessor: then the rows at work stay in L2,
 # where they are read for a second time. Rows that are not even aligned to two elements need registers for addresses.
-_SYMMETRIC_KL = {
+_DIVERGENCE = {
     **{columns: Tile(min(32, max(1, 512 // columns)), columns, 1) for columns in (4, 8, *_POWERS)},
     2048: Tile(1, 2048, 4),
     4096: Tile(1, 4096, 8),
@@ -34,7 +34,7 @@ _SYMMETRIC_KL = {
     24576: Tile(1, 4096, 8),
     math.inf: Tile(1, 8192, 16),
 }
-_SYMMETRIC_KL_FP64 = {
+_DIVERGENCE_FP64 = {
     **{columns: Tile(min(32, max(1, 256 // columns)), columns, 1) for columns in (4, 8, *_POWERS[:-1])},
     1024: Tile(1, 1024, 2),
     2048: Tile(1, 2048, 4),
@@ -73,10 +73,10 @@ PROGRAMS = 256
 """Where long rows are fewer than half of that, each is cut into splits, as many as make so many programs."""
 
 TILES: dict[str, dict[float, Tile]] = {
-    "symmetric_kl": _SYMMETRIC_KL,
-    "symmetric_kl, held": {HELD: Tile(1, 4096, 16)},
-    "symmetric_kl, odd": _SYMMETRIC_KL | {math.inf: Tile(1, 4096, 8)},
-    "symmetric_kl, fp64": _SYMMETRIC_KL_FP64,
+    "divergence": _DIVERGENCE,
+    "divergence, held": {HELD: Tile(1, 4096, 16)},
+    "divergence, odd": _DIVERGENCE | {math.inf: Tile(1, 4096, 8)},
+    "divergence, fp64": _DIVERGENCE_FP64,
     "perturbation_step": _PERTURBATION_STEP,
     "perturbation_step, fp64": _PERTURBATION_STEP_FP64,
     "init_perturbation": {math.inf: Tile(1, 1024, 4)},
