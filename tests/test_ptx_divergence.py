@@ -174,7 +174,7 @@ def test_weights_upstream_and_special_rows(
 def test_offsets_beyond_32_bits(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, cols: int, strides: tuple[int, int], block: int
 ) -> None:
-    for kernel in ("divergence", "divergence, odd"):
+    for kernel in ("symmetric_kl", "symmetric_kl, odd"):
         monkeypatch.setitem(tiles.TILES, kernel, {math.inf: tiles.Tile(1, block, 1)})
     a, b = (x[:2] for x in logits(cols, torch.float16))
     memory = torch.from_numpy(np.empty(2**31 + 2**26, np.float16))  # of which hardly a page is touched

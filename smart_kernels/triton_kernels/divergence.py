@@ -330,9 +330,7 @@ def _divergence_kernel(
         else:
             none = tl.zeros((GROUPS,), COMPUTE)
             totals = none, none, none
-            for i in tl.static_range(KEPT):
-                totals = _add_block(held_a[i], held_b[i], known, totals, inverse, beta, KIND, GROUPS, VECTOR)
-            for i in range(KEPT, SPAN // BLOCK_N):
+            for i in range(SPAN // BLOCK_N):
                 start = begin + i * BLOCK_N
                 mask = read[:, None] & (cols < N_COLS - start)
                 a = _load(a_rows, start, cols, a_col_stride, mask, padding).to(COMPUTE)
@@ -378,16 +376,10 @@ def _divergence_kernel(
             for i in tl.static_range(KEPT):
                 tl.debug_barrier()  # no block is begun before the last is stored: there are no registers for both
                 mask = live[:, None] & (cols < N_COLS - i * BLOCK_N)
-                if KIND == "symmetric_kl":
-                    _store_block(
-                        grad_a_ptr, grad_b_ptr, out + i * BLOCK_N, cols, mask, held_a[i], held_b[i], known, kl_pq,
-                        kl_qp, half, inverse, DETACH,
-                    )  # fmt: skip
-                else:
-                    _store_parts(
-                        grad_a_ptr, grad_b_ptr, out + i * BLOCK_N, cols, mask, held_a[i], held_b[i], known, totals,
-                        scale, inverse, beta, KIND,
-                    )  # fmt: skip
+                _store_block(
+                    grad_a_ptr, grad_b_ptr, out + i * BLOCK_N, cols, mask, held_a[i], held_b[i], known, kl_pq, kl_qp,
+                    half, inverse, DETACH,
+                )  # fmt: skip
             for i in range(KEPT, SPAN // BLOCK_N):
                 start = begin + i * BLOCK_N
                 mask = live[:, None] & (cols < N_COLS - start)
@@ -454,21 +446,22 @@ def _launch(
     upstream = None if grad_output is None else grad_output.reshape(-1)
     input, target, (outer, inner) = _layout(input, target)
     align = math.gcd(16, *outer[1:], *inner[1:])
-    variant = ", fp64" if input.dtype == torch.float64 else ", odd" if align == 1 else ""
-    tile = tiles.choose(f"divergence{variant}", n_cols)
+    name = list(reference.KINDS)[kind]
+    symmetric = name == "symmetric_kl"
+    variant = ", fp64" if input.dtype == torch.float64 else ", odd" if symmetric and align == 1 else ""
+    tile = tiles.choose(f"{name if symmetric else 'other kinds'}{variant}", n_cols)
     blocks = triton.cdiv(n_cols, tile.columns)
     splits = min(triton.next_power_of_2(triton.cdiv(tiles.PROGRAMS, n_rows)), triton.next_power_of_2(blocks))
     if 2 * n_rows > tiles.PROGRAMS or blocks == 1:
         splits = 1
     held = blocks > 1 and splits == 1 and input.dtype != torch.float64 and n_cols <= tiles.HELD
-    held = held and (input_grad or target_grad)
+    held = held and symmetric and (input_grad or target_grad)
     if held:
-        tile = tiles.choose("divergence, held", n_cols)
+        tile = tiles.choose("symmetric_kl, held", n_cols)
         blocks = triton.cdiv(n_cols, tile.columns)
     groups = 32 * tile.warps
     parts = None if splits == 1 else input.new_empty((10, n_rows, splits), dtype=reference.compute_dtype(input))
-    name = list(reference.KINDS)[kind]
-    stages = ("survey", "finish") if name == "symmetric_kl" else ("survey", "sums", "finish")
+    stages = ("survey", "finish") if symmetric else ("survey", "sums", "finish")
     for stage in ("whole",) if parts is None else stages:
         with torch.cuda.device_of(input):
             _divergence_kernel[(triton.cdiv(n_rows, tile.rows) * splits,)](

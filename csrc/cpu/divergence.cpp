@@ -1,10 +1,12 @@
-// Symmetric KL on the CPU: the three ops, on one kernel that does a range of rows.
-#include "cpu/symmetric_kl.h"
+// The divergences on the CPU: the ops, on one kernel that does a range of rows.
+#include "cpu/divergence.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -12,7 +14,7 @@
 #include "cpu/cache.h"
 #include "cpu/tensors.h"
 
-#define SK_KERNEL "cpu/symmetric_kl_kernel.h"
+#define SK_KERNEL "cpu/divergence_kernel.h"
 #include "cpu/foreach_isa.h"
 
 namespace smart_kernels {
@@ -65,22 +67,37 @@ bool exponentials_wait(const Rows& a, const Rows& b, ScalarType dtype) {
   return isa() != Isa::avx512 || a.cols() * (waiting + logits) <= second_cache_bytes();
 }
 
-SymmetricKLJob make_job(const Tensor& input, const Tensor& target, const Weight& weight, int64_t reduction, bool detach) {
-  SymmetricKLJob job{Rows(input), Rows(target), data_or_null(weight), nullptr, false, 1.0, detach, true, nullptr, nullptr, nullptr};
+// What a divergence cannot exceed: its value for distributions that have no class in common
+double greatest(Kind kind, double beta) {
+  switch (kind) {
+    case Kind::js: return -beta * std::log(beta) - (1 - beta) * std::log1p(-beta);
+    case Kind::hellinger:
+    case Kind::total_variation: return 1;
+    default: return std::numeric_limits<double>::infinity();
+  }
+}
+
+DivergenceJob make_job(
+    const Tensor& input, const Tensor& target, const Weight& weight, int64_t reduction, bool detach, int64_t kind,
+    double beta, double temperature) {
+  STD_TORCH_CHECK(kind >= 0 && kind <= int64_t(Kind::total_variation), "divergence: unknown kind ", kind);
+  DivergenceJob job{
+      Rows(input), Rows(target), data_or_null(weight), nullptr, false, 1.0, detach,
+      Kind(kind), beta, 1 / temperature, greatest(Kind(kind), beta), true};
   STD_TORCH_CHECK(
-      job.a.rows() == job.b.rows() && job.a.cols() == job.b.cols(), "symmetric_kl: input and target differ in shape");
+      job.a.rows() == job.b.rows() && job.a.cols() == job.b.cols(), "divergence: input and target differ in shape");
   STD_TORCH_CHECK(
       !weight || (weight->numel() == job.a.rows() && weight->is_contiguous() &&
                   weight->scalar_type() == compute_dtype(input)),
-      "symmetric_kl: weight must be contiguous, one per row, in the dtype of the arithmetic");
+      "divergence: weight must be contiguous, one per row, in the dtype of the arithmetic");
   job.scale = normaliser(input, weight, job.a.rows(), reduction);
   job.wait = exponentials_wait(job.a, job.b, compute_dtype(input));
   return job;
 }
 
-void run(const SymmetricKLJob& job) {
+void run(const DivergenceJob& job) {
   const int64_t rows = job.a.rows(), grain = std::max<int64_t>(1, kGrain / job.a.cols());
-  const auto kernel = SK_DISPATCH(symmetric_kl_rows);
+  const auto kernel = SK_DISPATCH(divergence_rows);
   if (rows <= grain) {
     kernel(job, 0, rows);
     return;
@@ -95,7 +112,7 @@ void run(const SymmetricKLJob& job) {
 }
 
 // Runs the job with the losses wanted, and reduces them: in order and in double, whatever the number of threads.
-Tensor run_with_loss(SymmetricKLJob& job, const Tensor& input, const Weight& weight, int64_t reduction) {
+Tensor run_with_loss(DivergenceJob& job, const Tensor& input, const Weight& weight, int64_t reduction) {
   const ScalarType dtype = compute_dtype(input);
   const int64_t rows = job.a.rows();
   alignas(double) char few[kFewRows * sizeof(double)];  // no allocation where a batch is small
@@ -118,13 +135,15 @@ Tensor run_with_loss(SymmetricKLJob& job, const Tensor& input, const Weight& wei
   return loss;
 }
 
-Tensor forward(Tensor input, Tensor target, Weight weight, int64_t reduction, bool detach) {
-  SymmetricKLJob job = make_job(input, target, weight, reduction, detach);
+Tensor forward(
+    Tensor input, Tensor target, Weight weight, int64_t reduction, bool detach, int64_t kind, double beta,
+    double temperature) {
+  DivergenceJob job = make_job(input, target, weight, reduction, detach, kind, beta, temperature);
   return run_with_loss(job, input, weight, reduction);
 }
 
 // Allocates the gradients that are wanted
-std::tuple<Tensor, Tensor> make_grads(SymmetricKLJob& job, const Tensor& input, const Tensor& target, bool input_grad, bool target_grad) {
+std::tuple<Tensor, Tensor> make_grads(DivergenceJob& job, const Tensor& input, const Tensor& target, bool input_grad, bool target_grad) {
   Tensor grad_a = input_grad ? empty_cpu_like(input) : empty_cpu({0}, input.scalar_type());
   Tensor grad_b = target_grad ? empty_cpu_like(target) : empty_cpu({0}, target.scalar_type());
   if (input_grad) job.grad_a = grad_a.mutable_data_ptr();
@@ -134,15 +153,15 @@ std::tuple<Tensor, Tensor> make_grads(SymmetricKLJob& job, const Tensor& input, 
 
 std::tuple<Tensor, Tensor> backward(
     std::optional<Tensor> grad_output, Tensor input, Tensor target, Weight weight, int64_t reduction, bool detach,
-    bool input_grad, bool target_grad) {
-  SymmetricKLJob job = make_job(input, target, weight, reduction, detach);
+    bool input_grad, bool target_grad, int64_t kind, double beta, double temperature) {
+  DivergenceJob job = make_job(input, target, weight, reduction, detach, kind, beta, temperature);
   Tensor upstream;
   if (grad_output) {
     upstream = torch::stable::contiguous(*grad_output);
     job.upstream_rows = reduction == kNone;
     STD_TORCH_CHECK(
         upstream.scalar_type() == compute_dtype(input) && upstream.numel() == (job.upstream_rows ? job.a.rows() : 1),
-        "symmetric_kl_backward: grad_output must have the shape and dtype of the loss");
+        "divergence_backward: grad_output must have the shape and dtype of the loss");
     job.upstream = upstream.const_data_ptr();
   }
   auto grads = make_grads(job, input, target, input_grad, target_grad);
@@ -150,13 +169,17 @@ std::tuple<Tensor, Tensor> backward(
   return grads;
 }
 
-Tensor grad(Tensor input, Tensor target, Weight weight, int64_t reduction, bool detach) {
-  return std::get<0>(backward(std::nullopt, input, target, weight, reduction, detach, true, false));
+Tensor grad(
+    Tensor input, Tensor target, Weight weight, int64_t reduction, bool detach, int64_t kind, double beta,
+    double temperature) {
+  return std::get<0>(
+      backward(std::nullopt, input, target, weight, reduction, detach, true, false, kind, beta, temperature));
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward_backward(
-    Tensor input, Tensor target, Weight weight, int64_t reduction, bool detach, bool input_grad, bool target_grad) {
-  SymmetricKLJob job = make_job(input, target, weight, reduction, detach);
+    Tensor input, Tensor target, Weight weight, int64_t reduction, bool detach, bool input_grad, bool target_grad,
+    int64_t kind, double beta, double temperature) {
+  DivergenceJob job = make_job(input, target, weight, reduction, detach, kind, beta, temperature);
   auto [grad_a, grad_b] = make_grads(job, input, target, input_grad, target_grad);
   return {run_with_loss(job, input, weight, reduction), grad_a, grad_b};
 }
@@ -165,8 +188,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_backward(
 }  // namespace smart_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(smart_kernels, CPU, m) {
-  m.impl("symmetric_kl", TORCH_BOX(&smart_kernels::forward));
-  m.impl("symmetric_kl_backward", TORCH_BOX(&smart_kernels::backward));
-  m.impl("symmetric_kl_grad", TORCH_BOX(&smart_kernels::grad));
-  m.impl("symmetric_kl_forward_backward", TORCH_BOX(&smart_kernels::forward_backward));
+  m.impl("divergence", TORCH_BOX(&smart_kernels::forward));
+  m.impl("divergence_backward", TORCH_BOX(&smart_kernels::backward));
+  m.impl("divergence_grad", TORCH_BOX(&smart_kernels::grad));
+  m.impl("divergence_forward_backward", TORCH_BOX(&smart_kernels::forward_backward));
 }

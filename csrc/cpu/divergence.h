@@ -1,0 +1,25 @@
+// What a CPU thread needs to know to do a range of rows of a divergence.
+#pragma once
+
+#include "cpu/rows.h"
+
+namespace smart_kernels {
+
+enum class Kind : int64_t { symmetric_kl, kl, reverse_kl, js, hellinger, total_variation };  // as in reference.py
+
+struct DivergenceJob {
+  Rows a, b;
+  const void* weight;    // a factor per row in the arithmetic's type, or null
+  const void* upstream;  // the loss's gradient, one for all rows or one per row, or null for 1
+  bool upstream_rows;
+  double scale;          // a further factor on the losses' sum and all gradients
+  bool detach_targets;   // of the symmetric KL
+  Kind kind;
+  double beta;
+  double inverse;        // 1 / temperature
+  double greatest;       // which the divergence cannot exceed
+  bool wait;             // the exponentials of a row may wait for its second reading
+  void *losses = nullptr, *grad_a = nullptr, *grad_b = nullptr;  // each contiguous, or null: not wanted
+};
+
+}  // namespace smart_kernels
