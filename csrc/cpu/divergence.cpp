@@ -5,8 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -67,20 +65,10 @@ bool exponentials_wait(const Rows& a, const Rows& b, ScalarType dtype) {
   return isa() != Isa::avx512 || a.cols() * (waiting + logits) <= second_cache_bytes();
 }
 
-// What a divergence cannot exceed: its value for distributions that have no class in common
-double greatest(Kind kind, double beta) {
-  switch (kind) {
-    case Kind::js: return -beta * std::log(beta) - (1 - beta) * std::log1p(-beta);
-    case Kind::hellinger:
-    case Kind::total_variation: return 1;
-    default: return std::numeric_limits<double>::infinity();
-  }
-}
-
 DivergenceJob make_job(
     const Tensor& input, const Tensor& target, const Weight& weight, int64_t reduction, bool detach, int64_t kind,
     double beta, double temperature) {
-  STD_TORCH_CHECK(kind >= 0 && kind <= int64_t(Kind::total_variation), "divergence: unknown kind ", kind);
+  STD_TORCH_CHECK(kind >= 0 && kind <= int64_t(kLastKind), "divergence: unknown kind ", kind);
   DivergenceJob job{
       Rows(input), Rows(target), data_or_null(weight), nullptr, false, 1.0, detach,
       Kind(kind), beta, 1 / temperature, greatest(Kind(kind), beta), true};

@@ -1,11 +1,10 @@
 // What a CPU thread needs to know to do a range of rows of a divergence.
 #pragma once
 
+#include "cpu/kinds.h"
 #include "cpu/rows.h"
 
 namespace smart_kernels {
-
-enum class Kind : int64_t { symmetric_kl, kl, reverse_kl, js, hellinger, total_variation };  // as in reference.py
 
 struct DivergenceJob {
   Rows a, b;

@@ -44,11 +44,9 @@ template <typename T, typename F>
 SK_INLINE void for_columns(int64_t begin, int64_t end, bool masked, F&& f) {
   constexpr int N = kLanes<T>;
   int64_t j = begin;
-  if (masked)
-    for (; j + N <= end; j += N) f(std::true_type{}, j, N);
-  else
+  if (!masked)
     for (; j + N <= end; j += N) f(std::false_type{}, j, N);
-  if (j < end) f(std::true_type{}, j, static_cast<int>(end - j));
+  for (; j < end; j += N) f(std::true_type{}, j, static_cast<int>(std::min<int64_t>(N, end - j)));
 }
 
 // The first n lanes, all of them written as one
@@ -338,22 +336,6 @@ void finish_kind(
   });
   if constexpr (sums) totals.loss += reduce_add<T>(term);
   if constexpr (sums && !gradients) totals.mean_a += reduce_add<T>(slope_a), totals.mean_b += reduce_add<T>(slope_b);
-}
-
-// f(kind, scaled) of a job, both known when compiled: the symmetric KL alone has a version of its own for a temperature of 1.
-template <typename F>
-SK_INLINE auto with_kind(const DivergenceJob& job, F&& f) {
-  const auto any = [&]<Kind kind>(std::integral_constant<Kind, kind> it) SK_LAMBDA { return f(it, std::true_type{}); };
-  switch (job.kind) {
-    case Kind::kl: return any(std::integral_constant<Kind, Kind::kl>{});
-    case Kind::reverse_kl: return any(std::integral_constant<Kind, Kind::reverse_kl>{});
-    case Kind::js: return any(std::integral_constant<Kind, Kind::js>{});
-    case Kind::hellinger: return any(std::integral_constant<Kind, Kind::hellinger>{});
-    case Kind::total_variation: return any(std::integral_constant<Kind, Kind::total_variation>{});
-    default: break;
-  }
-  const std::integral_constant<Kind, Kind::symmetric_kl> symmetric{};
-  return job.inverse == 1 ? f(symmetric, std::false_type{}) : f(symmetric, std::true_type{});
 }
 
 // kLanes rows at once, turned: vector j holds class j of each, with room for a tile that is not full.
@@ -654,7 +636,7 @@ class LongRows {
         room_(new T[2 * (together_ + 1) * side_ + (waits_apart() ? 2 * together_ * cols_ : 0)]),
         done_(new Block<T>[together_ * blocks_]) {
     sum_ = job.inverse == 1 ? &LongRows::template sum<false> : &LongRows::template sum<true>;
-    write_ = with_kind(job, [&](auto kind, auto scaled) { return &LongRows::template write<kind, scaled>; });
+    write_ = with_kind(job.kind, job.inverse != 1, [&](auto kind, auto scaled) { return &LongRows::template write<kind, scaled>; });
   }
 
   void run(int64_t begin, int64_t end) {
@@ -780,7 +762,7 @@ class LongRows {
   template <Kind kind>
   Totals sum_kind(int i) {
     LongRow<T>& row = rows_[i];
-    Totals totals = sums_of<kind>(row.kl_pq, row.kl_qp);
+    Totals totals = sums_of(kind, row.kl_pq, row.kl_qp);
     if constexpr (!known_sums(kind)) {
       totals = {};
       for (int64_t k = 0; k < blocks_; ++k) {
@@ -859,7 +841,7 @@ void run_short(const DivergenceJob& job, int64_t begin, int64_t end) {
   const T common = T(job.scale * job.inverse * (upstream && !row_upstream ? upstream[0] : T(1)));
 
   ShortRows<T> of(job);
-  const auto run_kind = with_kind(job, [&](auto kind, auto scaled) { return &ShortRows<T>::template run<kind, scaled>; });
+  const auto run_kind = with_kind(job.kind, job.inverse != 1, [&](auto kind, auto scaled) { return &ShortRows<T>::template run<kind, scaled>; });
   const T own = job.detach_targets ? T(0) : T(1);
   T scratch[kMaxTransposed * N + N];
   std::memset(of.a, 0, cols * sizeof *of.a);  // lanes that never hold a row hold numbers
