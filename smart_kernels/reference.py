@@ -177,7 +177,7 @@ KINDS = {f.__name__: f for f in (symmetric_kl, kl, reverse_kl, js, hellinger, to
 def centred(kind: int, p: Tensor, slope: Tensor, mean: Tensor, other_mean: Tensor, loss: Tensor) -> Tensor:
     """A side's p (f' - sum p f'), given the sums of both sides."""
     if list(KINDS)[kind] == "total_variation":
-        # f' is 0, -1 or, where p = q, -1/2. If nearly all p are of one sign, f' - sum p f' would cancel; 1 + sum p f' is:
+        # f' is 0, -1 or, where p = q, -1/2. If nearly all p have one sign, f' - sum p f' would cancel; 1 + sum p f' is:
         other = loss - other_mean
         return -p * torch.where(slope == 0, mean, torch.where(slope == -p, other, 0.5 * (mean + other)))
     return slope - p * mean

@@ -154,7 +154,9 @@ void advance(LongRow<T>& row, const Survey<T>& at, Block<T>& block) {
   const T max_a = std::max(row.max_a, at.max_a), max_b = std::max(row.max_b, at.max_b), centre = max_a - max_b;
   row.low = std::min(row.low, at.low);
   row.high = std::max(row.high, at.high);
-  block = {max_a, max_b, row.within(at.low, at.high, centre), true};
+  // At a centre so far that d is rounded to more than 1/64, equal d may be of logits that are not.
+  const bool resolved = std::abs(centre) * row.inverse < T(1) / (64 * std::numeric_limits<T>::epsilon());
+  block = {max_a, max_b, resolved && row.within(at.low, at.high, centre), true};
   Sums& of = row.sums;
   const bool moves = (max_a != row.max_a || max_b != row.max_b) && of.w > 0;
   const double shift = moves ? (double(centre) - row.centre()) * row.inverse : 0;
