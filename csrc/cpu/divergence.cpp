@@ -60,9 +60,11 @@ double normaliser(const Tensor& input, const Weight& weight, int64_t rows, int64
 
 // Whether a row's exponentials wait for its second reading, or are made anew then. What does not fit in the second cache
 // comes back from the third; that takes longer than to make them by vectors of 64 bytes, and less than by shorter ones.
-bool exponentials_wait(const Rows& a, const Rows& b, ScalarType dtype) {
-  const int64_t waiting = 2 * (dtype == ScalarType::Double ? 8 : 4), logits = a.itemsize() + b.itemsize();
-  return isa() != Isa::avx512 || a.cols() * (waiting + logits) <= second_cache_bytes();
+// The logits of the next row are asked for meanwhile where they fit in beside.
+void plan_readings(DivergenceJob& job, ScalarType dtype) {
+  const int64_t waiting = 2 * (dtype == ScalarType::Double ? 8 : 4), logits = job.a.itemsize() + job.b.itemsize();
+  job.wait = isa() != Isa::avx512 || job.a.cols() * (waiting + logits) <= second_cache_bytes();
+  job.ahead = job.a.cols() * ((job.wait ? waiting : 0) + 2 * logits) <= second_cache_bytes();
 }
 
 DivergenceJob make_job(
@@ -71,7 +73,7 @@ DivergenceJob make_job(
   STD_TORCH_CHECK(kind >= 0 && kind <= int64_t(kLastKind), "divergence: unknown kind ", kind);
   DivergenceJob job{
       Rows(input), Rows(target), data_or_null(weight), nullptr, false, 1.0, detach,
-      Kind(kind), beta, 1 / temperature, greatest(Kind(kind), beta), true};
+      Kind(kind), beta, 1 / temperature, greatest(Kind(kind), beta), true, false};
   STD_TORCH_CHECK(
       job.a.rows() == job.b.rows() && job.a.cols() == job.b.cols(), "divergence: input and target differ in shape");
   STD_TORCH_CHECK(
@@ -79,7 +81,7 @@ DivergenceJob make_job(
                   weight->scalar_type() == compute_dtype(input)),
       "divergence: weight must be contiguous, one per row, in the dtype of the arithmetic");
   job.scale = normaliser(input, weight, job.a.rows(), reduction);
-  job.wait = exponentials_wait(job.a, job.b, compute_dtype(input));
+  plan_readings(job, compute_dtype(input));
   return job;
 }
 

@@ -18,6 +18,7 @@ struct DivergenceJob {
   double inverse;        // 1 / temperature
   double greatest;       // which the divergence cannot exceed
   bool wait;             // the exponentials of a row may wait for its second reading
+  bool ahead;            // the next row may be asked for meanwhile
   void *losses = nullptr, *grad_a = nullptr, *grad_b = nullptr;  // each contiguous, or null: not wanted
 };
 

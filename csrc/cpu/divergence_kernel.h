@@ -249,6 +249,18 @@ struct Wanted {
   T *grad_a, *grad_b;
 };
 
+// What is read next from memory: asked for while this block is computed, so that memory is never idle. A step of 0 asks for
+// what is here already.
+struct Next {
+  const char *a, *b;
+  int64_t step_a, step_b;  // bytes to the next class
+
+  SK_INLINE void prefetch(int64_t j) const {
+    __builtin_prefetch(a + j * step_a, 0, 2);
+    __builtin_prefetch(b + j * step_b, 0, 2);
+  }
+};
+
 // A row's classes, once all of its sums are known, as they are read in a block
 template <typename T, Way way, bool waiting, bool scaled>
 class Reader {
@@ -300,12 +312,13 @@ class Reader {
 template <typename T, Way way, bool waiting, bool scaled>
 double finish(
     const LongRow<T>& row, const Block<T>& block, const T* a, const T* b, int64_t cols, const T* wait_a,
-    const T* wait_b, const Wanted<T>& want) {
+    const T* wait_b, const Wanted<T>& want, const Next next) {
   const Reader<T, way, waiting, scaled> classes(row, block, a, b, wait_a, wait_b);
   const T scale = row.scale, own = want.detach ? T(0) : scale, own_pq = own * row.kl_pq, own_qp = own * row.kl_qp;
   T *const grad_a = want.grad_a, *const grad_b = want.grad_b;
   Vec<T> loss{};
   for_columns<T>(0, cols, row.careful, [&](auto checked, int64_t j, int n) SK_LAMBDA {
+    next.prefetch(j);
     const Classes<T> of = classes.template read<checked>(j, n);
     loss += of.x * of.t;
     const Vec<T> scaled_x = rounded(of.x * scale);
@@ -319,12 +332,13 @@ double finish(
 template <typename T, Kind kind, Way way, bool waiting, bool sums, bool gradients>
 void finish_kind(
     const LongRow<T>& row, const Block<T>& block, const T* a, const T* b, int64_t cols, const T* wait_a,
-    const T* wait_b, const Wanted<T>& want, T beta, Totals& totals) {
+    const T* wait_b, const Wanted<T>& want, const Next next, T beta, Totals& totals) {
   const Reader<T, way, waiting, true> classes(row, block, a, b, wait_a, wait_b);
   const T scale = row.scale, loss = T(totals.loss), mean_a = T(totals.mean_a), mean_b = T(totals.mean_b);
   T *const grad_a = want.grad_a, *const grad_b = want.grad_b;
   Vec<T> term{}, slope_a{}, slope_b{};
   for_columns<T>(0, cols, row.careful, [&](auto checked, int64_t j, int n) SK_LAMBDA {
+    if constexpr (gradients) next.prefetch(j);
     const Classes<T> of = classes.template read<checked>(j, n);
     Parts<T> part = parts<kind, T>(of, beta);
     if constexpr (sums) {
@@ -655,7 +669,7 @@ class LongRows {
       }
       for (int i = 0; i < count; ++i)
         if (rows_[i].counts) settle(i);
-      for (int i = 0; i < count; ++i) (this->*write_)(i, first + i);
+      for (int i = 0; i < count; ++i) (this->*write_)(i, first + i, std::min(first + i + together_, end - 1));
       if (losses)
         for (int i = 0; i < count; ++i) losses[first + i] = rows_[i].loss;
     }
@@ -771,16 +785,25 @@ class LongRows {
         if (blocks_ > 1) a_[i] = a(i, k), b_[i] = b(i, k);
         in_its_way<kind>(i, k, false, [&](auto way, auto waits, const T* wait_a, const T* wait_b) SK_LAMBDA {
           finish_kind<T, kind, way, waits, true, false>(
-              row, row.blocks[k], a_[i], b_[i], size(k), wait_a, wait_b, {}, T(job_.beta), totals);
+              row, row.blocks[k], a_[i], b_[i], size(k), wait_a, wait_b, {}, {}, T(job_.beta), totals);
         });
       }
     }
     return totals;
   }
 
+  // The block of another row that is to be read later
+  Next ahead(int64_t index, int64_t k) const {
+    const auto at = [&](const Rows& x, const void* row) {
+      return static_cast<const char*>(row) + begin(k) * x.column_stride() * x.itemsize();
+    };
+    const auto step = [&](const Rows& x) { return job_.ahead ? x.column_stride() * x.itemsize() : 0; };
+    return {at(job_.a, job_.a.row(index)), at(job_.b, job_.b.row(index)), step(job_.a), step(job_.b)};
+  }
+
   // Its loss and its gradients
   template <Kind kind, bool scaled>
-  void write(int i, int64_t index) {
+  void write(int i, int64_t index, int64_t next) {
     LongRow<T>& row = rows_[i];
     const bool apart = !row.near && std::min(row.kl_pq, row.kl_qp) >= kApart<T>;
     double loss = 0;
@@ -798,10 +821,10 @@ class LongRows {
         const Wanted<T> want{job_.detach_targets, grad_a_.data ? to_a : nullptr, grad_b_.data ? to_b : nullptr};
         in_its_way<kind>(i, k, apart, [&](auto way, auto waits, const T* wait_a, const T* wait_b) SK_LAMBDA {
           if constexpr (kind == Kind::symmetric_kl)
-            loss += finish<T, way, waits, scaled>(row, block, a_[i], b_[i], cols, wait_a, wait_b, want);
+            loss += finish<T, way, waits, scaled>(row, block, a_[i], b_[i], cols, wait_a, wait_b, want, ahead(next, k));
           else if (known_sums(kind) || want.grad_a || want.grad_b)
             finish_kind<T, kind, way, waits, known_sums(kind), true>(
-                row, block, a_[i], b_[i], cols, wait_a, wait_b, want, T(job_.beta), totals);
+                row, block, a_[i], b_[i], cols, wait_a, wait_b, want, ahead(next, k), T(job_.beta), totals);
         });
       } else {
         const T gradient = row.loss == T(0) ? T(0) : kNan<T>;
@@ -825,7 +848,7 @@ class LongRows {
   const std::unique_ptr<T[]> room_;
   const std::unique_ptr<Block<T>[]> done_;
   void (LongRows::*sum_)(int, int64_t, const Survey<T>&);
-  void (LongRows::*write_)(int, int64_t);
+  void (LongRows::*write_)(int, int64_t, int64_t);
   LongRow<T> rows_[kMaxTogether];
   const T *a_[kMaxTogether], *b_[kMaxTogether];
 };
