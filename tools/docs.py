@@ -1,7 +1,7 @@
-"""What the documentation site needs beside mkdocs.yml: formulas as MathML, and docstrings' roles as Markdown.
+"""What the documentation site needs beside mkdocs.yml: formulas as MathML, docstrings as Markdown.
 
-Formulas are written as in LaTeX, in a fenced block "math" or, in a line, as `#!math x`. Browsers draw MathML themselves,
-so that nothing is fetched to read a page.
+Formulas are written as in LaTeX, in a fenced block "math" or, in a line, as `#!math x`. Browsers draw MathML by
+themselves, so nothing is fetched to read a page.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from latex2mathml.converter import convert
 def on_config(config: Any) -> Any:
     """MkDocs calls this: formulas are drawn wherever a page or a docstring has them."""
     options = config["mdx_configs"]
-    options.setdefault("pymdownx.superfences", {})["custom_fences"] = [{"name": "math", "class": "math", "format": block}]
+    options.setdefault("pymdownx.superfences", {})["custom_fences"] = [
+        {"name": "math", "class": "math", "format": block}
+    ]
     options.setdefault("pymdownx.inlinehilite", {})["custom_inline"] = [
         {"name": "math", "class": "math", "format": inline}
     ]
