@@ -213,20 +213,29 @@ def measure_apart(name: str) -> list[Figure]:
     return [(what, dtype, value) for what, dtype, value in json.loads(done.stdout)]
 
 
+def shown(value: float | None) -> str:
+    """A figure in few characters."""
+    if value is None:
+        return ""
+    if value > 1e9:
+        return "> 1e9"
+    text = f"{value:.2g}" if 0.01 <= value < 1000 else f"{value:.1e}"
+    return re.sub(r"e([+-])0?", lambda match: "e" + match[1].strip("+"), text)
+
+
 def table() -> str:
     figures: dict[str, dict[str, dict[str, float]]] = {}
-    for name in BACKENDS:
+    for name in sorted(BACKENDS, key=lambda name: name != "eager"):  # first, as it has every row
         print(f"{name} ...", file=sys.stderr, flush=True)
         for what, dtype, value in measure_apart(name):
             figures.setdefault(what, {}).setdefault(dtype, {})[name] = value
     lines = ["| worst error of | dtype | " + " | ".join(BACKENDS.values()) + " |", "|---|---|" + "---|" * len(BACKENDS)]
     for what, by_dtype in figures.items():
         for i, (dtype, found) in enumerate(by_dtype.items()):
-            cells = [f"{found[name]:.1e}" if name in found else "" for name in BACKENDS]
+            cells = [shown(found.get(name)) for name in BACKENDS]
             if "ema" in what:
                 cells[-1] = "as C++"
-            shown = " | ".join(re.sub(r"e([+-])0?", lambda m: "e" + m[1].strip("+"), cell) for cell in cells)
-            lines.append(f"| {what if i == 0 else ''} | {dtype} | {shown} |")
+            lines.append(f"| {what if i == 0 else ''} | {dtype} | {' | '.join(cells)} |")
     lines += ["", f"torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}."]
     return "\n".join(lines)
 
