@@ -113,7 +113,7 @@ def of_symmetric_kl(backend: str) -> Iterator[Figure]:
                 one_off.append(off(symmetric_kl_grad(a.detach(), b.detach(), reduction="sum"), truth.grads[0]))
         of_gradient = "units in the last place" if dtype.itemsize == 2 else "relative"
         yield "`symmetric_kl`, relative", name, max(loss_off)
-        yield f"its gradients, {of_gradient}", name, max(both_off)
+        yield f"gradients of `symmetric_kl`, {of_gradient}", name, max(both_off)
         if one_off:
             yield f"`symmetric_kl_grad`, {of_gradient}", name, max(one_off)
 
@@ -187,7 +187,7 @@ def of_ema_update(backend: str) -> Iterator[Figure]:
                 ema_update_([e], [p], decay)
             error = np.abs(wide(e) - truth.result) - truth.size * np.finfo(oracle.WIDE).eps  # the oracle's own, of fp64
             found.append(worst(np.maximum(error, 0) / ulp(truth.result, e_dtype)))
-        yield "`ema_update_`, units in the last place", f"{NAMES[e_dtype]} ← {NAMES[p_dtype]}", max(found)
+        yield "`ema_update_`, units in the last place", f"{NAMES[e_dtype]}\u00a0←\u00a0{NAMES[p_dtype]}", max(found)
 
 
 MEASUREMENTS: tuple[Callable[[str], Iterator[Figure]], ...] = (
@@ -220,7 +220,7 @@ def shown(value: float | None) -> str:
     if value > 1e9:
         return "> 1e9"
     text = f"{value:.2g}" if 0.01 <= value < 1000 else f"{value:.1e}"
-    return re.sub(r"e([+-])0?", lambda match: "e" + match[1].strip("+"), text)
+    return re.sub(r"e([+-])0?", lambda match: "e" + {"+": "", "-": "−"}[match[1]], text)
 
 
 def table() -> str:
