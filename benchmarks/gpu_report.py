@@ -42,7 +42,7 @@ from gpu_code import TARGETS, Code
 from harness import RESULTS, Report, format_table, progress_bar, seconds_text, three_digits
 from smart_kernels import reference
 from smart_kernels.ops import _chunks
-from smart_kernels.triton_kernels import ema, perturbation, symmetric_kl, tiles
+from smart_kernels.triton_kernels import divergence, ema, perturbation, tiles
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -165,9 +165,9 @@ def kl_work(rows: int, classes: int, dtype_name: str, way: str) -> Work:
     dtype = DTYPES[dtype_name]
     a, b = torch.empty(2, rows, classes, dtype=dtype)
     ways: dict[str, tuple[int, Callable[..., Any], tuple[Any, ...]]] = {
-        "both gradients": (2, symmetric_kl.symmetric_kl_forward_backward, (False, True, True)),
-        "one gradient": (1, symmetric_kl.symmetric_kl_grad, (False,)),
-        "loss alone": (0, symmetric_kl.symmetric_kl, (False,)),
+        "both gradients": (2, divergence.divergence_forward_backward, (False, True, True)),
+        "one gradient": (1, divergence.divergence_grad, (False,)),
+        "loss alone": (0, divergence.divergence, (False,)),
     }
     outputs, launcher, options = ways[way]
     batchmean = reference.REDUCTIONS.index("batchmean")
@@ -176,8 +176,8 @@ def kl_work(rows: int, classes: int, dtype_name: str, way: str) -> Work:
         outputs * dtype.itemsize,
         lambda target: gpu_code.ahead_of_time(target, launcher, a, b, None, batchmean, *options),
         {
-            "_symmetric_kl_kernel, parts": (2 * dtype.itemsize, 0),
-            "_symmetric_kl_kernel, finish": (2 * dtype.itemsize if outputs else 0, outputs * dtype.itemsize),
+            "_divergence_kernel, survey": (2 * dtype.itemsize, 0),
+            "_divergence_kernel, finish": (2 * dtype.itemsize if outputs else 0, outputs * dtype.itemsize),
         },
     )  # fmt: skip
 
@@ -339,10 +339,10 @@ def geometry(code: Code, read: int) -> tuple[int, int, int]:
 
 
 def stage(code: Code) -> str:
-    """The name of a kernel, and which of two launches it is where a row is split."""
-    if code.constants.get("SPLITS", 1) == 1 or "FINISH" not in code.constants:
+    """The name of a kernel, and which of the launches it is where a row is split."""
+    if code.constants.get("SPLITS", 1) == 1 or "STAGE" not in code.constants:
         return code.kernel
-    return f"{code.kernel}, {'finish' if code.constants['FINISH'] else 'parts'}"
+    return f"{code.kernel}, {code.constants['STAGE']}"
 
 
 def predict(work: Work, target: str) -> list[Row]:

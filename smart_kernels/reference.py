@@ -28,17 +28,26 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def symmetric_kl(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, detach_targets: bool) -> Tensor:
-    """KL(p||q) + KL(q||p) of p = softmax(input), q = softmax(target), reduced."""
-    loss = _symmetric_kl_rows(input, target)[0]
+def divergence(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    detach_targets: bool,
+    kind: int = 0,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The divergence of p = softmax(input / temperature) and q = softmax(target / temperature), reduced."""
+    loss = _divergence_rows(input, target, detach_targets, kind, beta, temperature)[0]
     if weight is not None:
         loss = torch.where(weight == 0, 0, weight * loss)
     if REDUCTIONS[reduction] == "none":
         return loss
-    return loss.sum() * symmetric_kl_normaliser(input, weight, reduction)
+    return loss.sum() * divergence_normaliser(input, weight, reduction)
 
 
-def symmetric_kl_backward(
+def divergence_backward(
     grad_output: Tensor | None,
     input: Tensor,
     target: Tensor,
@@ -47,13 +56,16 @@ def symmetric_kl_backward(
     detach_targets: bool,
     input_grad: bool,
     target_grad: bool,
+    kind: int = 0,
+    beta: float = 0.5,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `symmetric_kl`, each empty where it is not asked for; no `grad_output` means ones."""
-    _, t, p, q, difference, kl_pq, kl_qp = _symmetric_kl_rows(input, target)
+    """The gradients of `divergence`, each empty where it is not asked for; no `grad_output` means ones."""
+    _, *gradients = _divergence_rows(input, target, detach_targets, kind, beta, temperature)
     scale = torch.ones(input.shape[:-1], dtype=compute_dtype(input), device=input.device)
     if grad_output is not None:
         scale = scale * grad_output
-    scale = (scale * symmetric_kl_normaliser(input, weight, reduction)).unsqueeze(-1)
+    scale = (scale * (divergence_normaliser(input, weight, reduction) / temperature)).unsqueeze(-1)
     if weight is not None:
         scale = scale * weight.unsqueeze(-1)
 
@@ -61,26 +73,27 @@ def symmetric_kl_backward(
         grad = scale * grad
         return (grad if weight is None else torch.where(weight.unsqueeze(-1) == 0, 0, grad)).to(like.dtype)
 
-    empty = input.new_empty(0)
-    if detach_targets:
-        return (
-            finish(difference, input) if input_grad else empty,
-            finish(-difference, target) if target_grad else empty,
-        )
-    return (
-        finish(p * (t - kl_pq) + difference, input) if input_grad else empty,
-        finish(-q * (t + kl_qp) - difference, target) if target_grad else empty,
-    )
+    wanted = zip(gradients, (input, target), (input_grad, target_grad), strict=True)
+    of_input, of_target = (finish(grad, like) if is_wanted else like.new_empty(0) for grad, like, is_wanted in wanted)
+    return of_input, of_target
 
 
-def symmetric_kl_grad(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, detach_targets: bool
+def divergence_grad(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    detach_targets: bool,
+    kind: int = 0,
+    beta: float = 0.5,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """The gradient of `symmetric_kl` with respect to `input`."""
-    return symmetric_kl_backward(None, input, target, weight, reduction, detach_targets, True, False)[0]
+    """The gradient of `divergence` with respect to `input`."""
+    options = kind, beta, temperature
+    return divergence_backward(None, input, target, weight, reduction, detach_targets, True, False, *options)[0]
 
 
-def symmetric_kl_forward_backward(
+def divergence_forward_backward(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -88,14 +101,16 @@ def symmetric_kl_forward_backward(
     detach_targets: bool,
     input_grad: bool,
     target_grad: bool,
+    kind: int = 0,
+    beta: float = 0.5,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and its gradients for an upstream gradient of one."""
-    loss = symmetric_kl(input, target, weight, reduction, detach_targets)
-    grads = symmetric_kl_backward(None, input, target, weight, reduction, detach_targets, input_grad, target_grad)
-    return (loss, *grads)
+    logits, options = (input, target, weight, reduction, detach_targets), (kind, beta, temperature)
+    return divergence(*logits, *options), *divergence_backward(None, *logits, input_grad, target_grad, *options)
 
 
-def symmetric_kl_normaliser(input: Tensor, weight: Tensor | None, reduction: int) -> Tensor | float:
+def divergence_normaliser(input: Tensor, weight: Tensor | None, reduction: int) -> Tensor | float:
     """What the sum over rows is multiplied by; NaN where there are no rows to average."""
     match REDUCTIONS[reduction]:
         case "batchmean":
@@ -107,8 +122,102 @@ def symmetric_kl_normaliser(input: Tensor, weight: Tensor | None, reduction: int
     return 1.0
 
 
-def _symmetric_kl_rows(input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """Per row: the loss; per element: t = log(p/q), p, q, p - q; per row, kept: KL(p||q), KL(q||p)."""
+Parts = tuple[Tensor, Tensor, Tensor]
+"""Of each class: its share of the loss, q f(r) with r = p / q; p f'(r); q g(r), where g = f - r f'.
+
+The gradients are p (f' - sum p f') and q (g - sum q g). As products they are finite wherever the loss is.
+"""
+
+
+def symmetric_kl(p: Tensor, q: Tensor, x: Tensor, t: Tensor, beta: float) -> Parts:
+    """KL(p||q) + KL(q||p). For every kind, x = p - q and t = log(p / q) have digits that p and q alone have not."""
+    return x * t, p * t + x, -q * t - x
+
+
+def symmetric_kl_detached(p: Tensor, q: Tensor, x: Tensor, t: Tensor, beta: float) -> Parts:
+    """The same with the target distribution of each of the two as a constant."""
+    return x * t, x, -x
+
+
+def kl(p: Tensor, q: Tensor, x: Tensor, t: Tensor, beta: float) -> Parts:
+    """KL(q||p)."""
+    return _excess(q, x, t), x, -_mass_times(q, t)
+
+
+def reverse_kl(p: Tensor, q: Tensor, x: Tensor, t: Tensor, beta: float) -> Parts:
+    """KL(p||q)."""
+    return _excess(p, -x, -t), -_mass_times(p, -t), -x
+
+
+def js(p: Tensor, q: Tensor, x: Tensor, t: Tensor, beta: float) -> Parts:
+    """The sum beta KL(q||m) + (1 - beta) KL(p||m), m = beta q + (1 - beta) p."""
+    m = beta * q + (1 - beta) * p
+    log_mq, log_mp = _log_ratio(q, m, (1 - beta) * x), _log_ratio(p, m, -beta * x)
+    of_q, of_p = _excess(q, (1 - beta) * x, log_mq), _excess(p, -beta * x, log_mp)
+    return beta * of_q + (1 - beta) * of_p, -(1 - beta) * p * log_mp, -beta * q * log_mq
+
+
+def hellinger(p: Tensor, q: Tensor, x: Tensor, t: Tensor, beta: float) -> Parts:
+    """1/2 sum (sqrt p - sqrt q)^2."""
+    root_p, root_q = p.sqrt(), q.sqrt()
+    y = torch.where(x == 0, 0, x / (root_p + root_q))
+    return 0.5 * y * y, 0.5 * root_p * y, -0.5 * root_q * y
+
+
+def total_variation(p: Tensor, q: Tensor, x: Tensor, t: Tensor, beta: float) -> Parts:
+    """1/2 sum |p - q|; f' and g but for a constant, so that each sum is of a side's smaller part (`centred`)."""
+    sign = 0.5 * x.sign()
+    return 0.5 * x.abs(), p * (sign - 0.5), -q * (sign + 0.5)
+
+
+KINDS = {f.__name__: f for f in (symmetric_kl, kl, reverse_kl, js, hellinger, total_variation)}
+"""The code of a kind in the ops' schemas is its place here."""
+
+
+def centred(kind: int, p: Tensor, slope: Tensor, mean: Tensor, other_mean: Tensor, loss: Tensor) -> Tensor:
+    """A side's p (f' - sum p f'), given the sums of both sides."""
+    if list(KINDS)[kind] == "total_variation":
+        # f' is 0, -1 or, where p = q, -1/2. If nearly all p have one sign, f' - sum p f' would cancel; 1 + sum p f' is:
+        other = loss - other_mean
+        return -p * torch.where(slope == 0, mean, torch.where(slope == -p, other, 0.5 * (mean + other)))
+    return slope - p * mean
+
+
+def greatest(kind: int, beta: float) -> float:
+    """What a divergence cannot exceed: its value for distributions that have no class in common."""
+    match list(KINDS)[kind]:
+        case "js":
+            return -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
+        case "hellinger" | "total_variation":
+            return 1.0
+    return math.inf
+
+
+def _mass_times(q: Tensor, log: Tensor) -> Tensor:
+    """Of q log(p / q), 0 where q is masked. Where p is, alone, 0 inf or -inf: no number that a loss could have."""
+    return torch.where(log == math.inf, 0, q * log)
+
+
+def _log_ratio(q: Tensor, m: Tensor, x: Tensor) -> Tensor:
+    """log(m / q) of a mixture m = q + x > 0; 0 where q is."""
+    near = torch.log1p((x / q).clamp(-SMALL, SMALL))
+    far = (m / q).clamp(max=torch.finfo(q.dtype).max).log()
+    return torch.where(q == 0, 0, torch.where(x.abs() <= SMALL * q, near, far))
+
+
+def _excess(q: Tensor, x: Tensor, log: Tensor) -> Tensor:
+    """The difference x - q log((q + x) / q) >= 0, given the logarithm: a series for q (expm1(log) - log) if small."""
+    small = log.clamp(-SMALL, SMALL)
+    series = torch.ones_like(small)
+    for k in range(16 if q.dtype == torch.float64 else 9, 2, -1):
+        series = 1 + series * small / k
+    return torch.where((log.abs() <= SMALL) & (q != 0), 0.5 * q * small * small * series, x - _mass_times(q, log))
+
+
+def _divergence_rows(
+    input: Tensor, target: Tensor, detach_targets: bool, kind: int, beta: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of each row, and its gradients but for the factor 1 / temperature."""
     dtype = compute_dtype(input)
     a, b = input.to(dtype), target.to(dtype)
     absent = (a == -math.inf) & (b == -math.inf)  # classes masked on both sides
@@ -116,33 +225,37 @@ def _symmetric_kl_rows(input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     max_a = a.amax(-1, keepdim=True)
     max_b, top = b.max(-1, keepdim=True)
     centre = d.gather(-1, top)  # a constant added to a row changes nothing
-    d = torch.where(absent, 0, d - centre)
+    # Where a class is masked in one tensor alone, the centre is that of all, lest it be infinite.
+    centre = torch.where(centre.isfinite(), centre, max_a - max_b)
+    d = torch.where(absent, 0, (d - centre) / temperature)
 
-    exp_a, exp_b = (a - max_a).exp(), (b - max_b).exp()
+    exp_a, exp_b = ((a - max_a) / temperature).exp(), ((b - max_b) / temperature).exp()
     sum_a, sum_b = exp_a.sum(-1, keepdim=True), exp_b.sum(-1, keepdim=True)
     p, q = exp_a / sum_a, exp_b / sum_b
     # s = logsumexp(a) - logsumexp(b), centred: log1p keeps the digits where all d are small
     s = torch.where(
         d.abs().amax(-1, keepdim=True) <= SMALL,
         torch.log1p((q * torch.expm1(d)).sum(-1, keepdim=True)),
-        (sum_a / sum_b).log() + (max_a - max_b - centre),
+        (sum_a / sum_b).log() + (max_a - max_b - centre) / temperature,
     )
-    t = d - s
+    t = torch.where(absent, 0, d - s)
     near = t.abs() <= SMALL
-    difference = torch.where(near, q * torch.expm1(t), p - q)
-    p = torch.where(near, q + difference, p)
-    t = torch.where(absent, 0, t)
-    loss = (difference * t).sum(-1)
-    kl_pq, kl_qp = (p * t).sum(-1, keepdim=True), -(q * t).sum(-1, keepdim=True)
+    x = torch.where(near, q * torch.expm1(t), p - q)
+    p = torch.where(near, q + x, p)
+    function = symmetric_kl_detached if detach_targets else list(KINDS.values())[kind]
+    term, slope_p, slope_q = function(p, q, x, t, beta)
+    # A difference of two probabilities may be negative by its rounding; the sum of all may exceed what there is.
+    loss, mean_p, mean_q = (part.sum(-1, keepdim=True) for part in (term, slope_p, slope_q))
+    grad_a = centred(kind, p, slope_p, mean_p, mean_q, loss)
+    grad_b = centred(kind, q, slope_q, mean_q, mean_p, loss)
+    loss = loss.squeeze(-1).clamp(0, greatest(kind, beta))
 
-    infinite = ((a == -math.inf) != (b == -math.inf)).any(-1)
     undefined = a.isnan().any(-1) | b.isnan().any(-1) | (max_a.abs() == math.inf).squeeze(-1)
     undefined |= (max_b.abs() == math.inf).squeeze(-1)
-    loss = torch.where(undefined, math.nan, torch.where(infinite, math.inf, loss))
-    kl_pq = torch.where((undefined | infinite).unsqueeze(-1), math.nan, kl_pq)
-    kl_qp = torch.where((undefined | infinite).unsqueeze(-1), math.nan, kl_qp)
-    difference = torch.where((undefined | infinite).unsqueeze(-1), math.nan, difference)
-    return loss, t, p, q, difference, kl_pq, kl_qp
+    # Where a class is masked in one tensor alone, a divergence that is infinite then has come out as 0 inf or inf.
+    loss = torch.where(undefined, math.nan, torch.where(loss < math.inf, loss, math.inf))
+    finite = (loss < math.inf).unsqueeze(-1)
+    return loss, torch.where(finite, grad_a, math.nan), torch.where(finite, grad_b, math.nan)
 
 
 def init_perturbation(embeds: Tensor, seed: Tensor, mask: Tensor | None, std: float) -> Tensor:

@@ -13,60 +13,119 @@ def wide(x: torch.Tensor) -> np.ndarray:
     return x.detach().cpu().double().numpy().astype(WIDE)
 
 
-class SymmetricKL:
+def definition(kind: str, p: np.ndarray, q: np.ndarray, x: np.ndarray, t: np.ndarray, beta: WIDE) -> tuple:
+    """Of each class f(r) and f'(r) as multiples of q and p, and f - r f' of q: r = p / q = exp(t), x = p - q."""
+    zero, small = np.zeros_like(p), np.abs(t) < 1
+    u, v = np.where(small, np.expm1(t), x / q), np.where(small, np.expm1(-t), -x / p)
+
+    def times(mass: np.ndarray, factor: np.ndarray) -> np.ndarray:
+        return np.where(mass == 0, 0, mass * factor)
+
+    if kind == "symmetric_kl":
+        return x * t, times(p, t) + x, times(q, -t) - x
+    if kind == "kl":
+        return np.where(small, times(q, u - t), x + times(q, -t)), x, times(q, -t)
+    if kind == "reverse_kl":
+        return np.where(small, times(p, v + t), times(p, t) - x), times(p, t), -x
+    if kind == "js":
+        log_q = np.where(t < 0, np.log1p((1 - beta) * u), np.log1p(beta * v) + t)  # log(m / q)
+        log_p = np.where(t < 0, np.log1p((1 - beta) * u) - t, np.log1p(beta * v))  # log(m / p)
+        log_q, log_p = np.where(small, np.log1p((1 - beta) * u), log_q), np.where(small, np.log1p(beta * v), log_p)
+        of_q, of_p = (1 - beta) * x - times(q, log_q), -beta * x - times(p, log_p)
+        return beta * of_q + (1 - beta) * of_p, -(1 - beta) * times(p, log_p), -beta * times(q, log_q)
+    if kind == "hellinger":
+        y = np.where(small, np.sqrt(q) * np.expm1(t / 2), np.sqrt(p) - np.sqrt(q))
+        return y * y / 2, np.sqrt(p) * y / 2, -np.sqrt(q) * y / 2
+    assert kind == "total_variation"
+    return np.abs(x) / 2, p * np.sign(x) / 2, q * np.sign(-x) / 2 + zero
+
+
+class Divergence:
     """Loss of each row (...) of logits a, b (..., C), and its gradients, in extended precision.
 
     The centred formula is exact to the dtype's last digits at any distance of a and b: with 64 bits of mantissa
     and differences of 1e-6 there remain 13 digits.
     """
 
-    def __init__(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        self.dtypes = a.dtype, b.dtype
+    def __init__(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        kind: str = "symmetric_kl",
+        beta: float = 0.5,
+        temperature: float = 1.0,
+    ) -> None:
+        self.dtypes, self.kind = (a.dtype, b.dtype), kind
         a, b = wide(a), wide(b)
+        self.factor = 1 / WIDE(temperature)
         with np.errstate(all="ignore"):
             absent = np.isneginf(a) & np.isneginf(b)
             top_a, top_b = a.max(-1, keepdims=True), b.max(-1, keepdims=True)
-            p, q = np.exp(a - top_a), np.exp(b - top_b)
+            p, q = np.exp((a - top_a) * self.factor), np.exp((b - top_b) * self.factor)
             sum_a, sum_b = p.sum(-1, keepdims=True), q.sum(-1, keepdims=True)
             p, q = p / sum_a, q / sum_b
             d = np.where(absent, 0, a - b)
             centre = np.take_along_axis(d, b.argmax(-1)[..., None], -1)
-            self.distance = np.where(np.isfinite(d), np.abs(d), 0).max(-1)
+            centre = np.where(np.isfinite(centre), centre, top_a - top_b)
+            d, centre, tops = d * self.factor, centre * self.factor, (top_a - top_b) * self.factor
+            # One that is infinite is resolved; it leaves no less to the rounding of the probabilities than 1 does.
+            self.distance = np.where(np.isfinite(d), np.abs(d), 1).max(-1)
             d = np.where(absent, 0, d - centre)
             s = np.where(
                 np.abs(d).max(-1, keepdims=True) < 1,
                 np.log1p((q * np.expm1(d)).sum(-1, keepdims=True)),
-                np.log(sum_a / sum_b) + (top_a - top_b - centre),
+                np.log(sum_a / sum_b) + (tops - centre),
             )
             t = np.where(absent, 0, d - s)
             x = np.where(np.abs(t) < 1, q * np.expm1(t), p - q)
             self.undefined = ~np.isfinite(top_a[..., 0]) | ~np.isfinite(top_b[..., 0])
             self.undefined |= np.isnan(a).any(-1) | np.isnan(b).any(-1)
-            infinite = (np.isneginf(a) != np.isneginf(b)).any(-1)
-            self.loss = np.where(self.undefined, np.nan, np.where(infinite, np.inf, (x * t).sum(-1)))
-            kl_pq, kl_qp = (p * t).sum(-1, keepdims=True), -(q * t).sum(-1, keepdims=True)
-            self.grads = p * (t - kl_pq) + x, -q * (t + kl_qp) - x
-            self.detached = x, -x
-            reach = np.abs(t) + self.distance[..., None]
-            self.terms = p * (reach + kl_pq) + np.abs(x), q * (reach + kl_qp) + np.abs(x)
-            self.subnormal = 2.0**-126 * (reach + kl_pq + kl_qp + 1)
+            without_p, without_q = ((np.isneginf(y) & ~absent).any(-1) for y in (a, b))
+            infinite = np.zeros_like(self.undefined)
+            if kind in ("symmetric_kl", "kl"):
+                infinite = infinite | without_p
+            if kind in ("symmetric_kl", "reverse_kl"):
+                infinite = infinite | without_q
+            term, *slopes = (np.where(absent, 0, y) for y in definition(kind, p, q, x, t, WIDE(beta)))
+            self.loss = np.where(self.undefined, np.nan, np.where(infinite, np.inf, term.sum(-1)))
+            means = [slope.sum(-1, keepdims=True) for slope in slopes]
+            self.grads = tuple(
+                (slope - mass * mean) * self.factor for slope, mass, mean in zip(slopes, (p, q), means, strict=True)
+            )
+            self.detached = x * self.factor, -x * self.factor
+            reach = np.where(np.isfinite(t), np.abs(t), 0) + self.distance[..., None]
+            means = [np.abs(mean) for mean in means]
+            first_order = 0.5 if kind == "total_variation" else 0
+            self.terms = tuple(
+                (mass * (reach + mean + first_order) + np.abs(x)) * self.factor
+                for mass, mean in zip((p, q), means, strict=True)
+            )
+            self.subnormal = 2.0**-126 * (reach + sum(means) + 1) * self.factor
+            # Where p and q are equal but for the rounding of their logits, the sign of a total variation is open.
+            self.open = np.where(np.abs(t) <= 2.0**-20 * self.distance[..., None], (p, q), 0).sum(-1) * self.factor
+            if torch.float64 in self.dtypes or kind != "total_variation":
+                self.open = self.open * 0
 
     def check_loss(self, loss: torch.Tensor) -> None:
         """Each row's loss within 1e-5 of it, plus what fp32 differences of the logits can resolve."""
+        compare(wide(loss), self.loss, self.loss_bar(), "loss")
+        assert (wide(loss)[~self.undefined] >= 0).all()
+
+    def loss_bar(self) -> np.ndarray:
+        """What the loss of each row may be off by."""
         relative, resolved = (1e-12, 1e-12) if torch.float64 in self.dtypes else (1e-5, 2.0**-21)
         with np.errstate(invalid="ignore"):
-            bar = relative * self.loss + resolved * self.distance * np.sqrt(self.loss)
-        compare(wide(loss), self.loss, bar, "loss")
-        assert (wide(loss)[~self.undefined] >= 0).all()
+            order = 1 if self.kind == "total_variation" else np.sqrt(self.loss)  # a loss of first order in t
+            return relative * self.loss + resolved * self.distance * order
 
     def check_grads(self, *grads: torch.Tensor, scale: float | np.ndarray = 1.0, detach_targets: bool = False) -> None:
         """Both gradients (an empty one is passed over) of the rows' losses times ``scale``, for all or for each."""
         truths = self.detached if detach_targets else self.grads
-        sides = zip(("input", "target"), grads, truths, self.terms, self.dtypes, strict=True)
+        sides = zip(("input", "target"), grads, truths, self.terms, self.open, self.dtypes, strict=True)
         defined = np.isfinite(self.loss)
         factor = np.broadcast_to(np.asarray(scale, WIDE), self.loss.shape)[defined]
         scale = np.abs(factor)
-        for name, grad, truth, terms, dtype in sides:
+        for name, grad, truth, terms, open_, dtype in sides:
             if not grad.numel() and truth.size:
                 continue
             assert grad.dtype == dtype
@@ -75,12 +134,13 @@ class SymmetricKL:
                 relative, resolved = (1e-12, 1e-12) if dtype == torch.float64 else (1e-5, 2.0**-20)
                 norm = np.sqrt((truth[defined].astype(np.float64) ** 2).sum(-1))
                 error = np.sqrt((error.astype(np.float64) ** 2).sum(-1))
-                bar = scale * (relative * norm + resolved * self.distance[defined])
+                distance = self.distance[defined] * self.factor
+                bar = scale * (relative * norm + resolved * distance + 2 * open_[defined])
             else:
                 # One unit in the last place. Where the terms of the gradient cancel (it crosses zero somewhere in
                 # any long row) fp32 arithmetic leaves a few of its own units of the terms: 2^-20 of them, the
                 # logits' differences that enter them included. A probability that would be subnormal may be 0.
-                fp32 = 2.0**-20 * terms[defined] + self.subnormal[defined]
+                fp32 = 2.0**-20 * terms[defined] + self.subnormal[defined] + 2 * open_[defined][..., None]
                 bar = ulp(truth[defined] * scale[..., None], dtype) + scale[..., None] * fp32
             compare(error, np.zeros_like(error), bar, f"gradient of {name}")
 

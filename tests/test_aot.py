@@ -14,7 +14,8 @@ import torch
 
 pytest.importorskip("triton")
 from gpu_code import TARGETS, ahead_of_time
-from smart_kernels.triton_kernels import symmetric_kl
+from smart_kernels import reference
+from smart_kernels.triton_kernels import divergence
 
 Launch = tuple[Callable[..., Any], tuple[Any, ...]]
 MEAN, BATCHMEAN = 2, 3
@@ -22,17 +23,17 @@ MEAN, BATCHMEAN = 2, 3
 
 def loss_and_gradients(cols: int, dtype: torch.dtype) -> Launch:
     a, b = torch.empty(2, 256, cols, dtype=dtype)
-    return symmetric_kl.symmetric_kl_forward_backward, (a, b, None, BATCHMEAN, False, True, True)
+    return divergence.divergence_forward_backward, (a, b, None, BATCHMEAN, False, True, True)
 
 
 def loss_alone(cols: int, dtype: torch.dtype) -> Launch:
     a, b = torch.empty(2, 256, cols, dtype=dtype)
-    return symmetric_kl.symmetric_kl, (a, b, None, BATCHMEAN, False)
+    return divergence.divergence, (a, b, None, BATCHMEAN, False)
 
 
 def gradient_of_one_side(cols: int, dtype: torch.dtype) -> Launch:
     a, b = torch.empty(2, 256, cols, dtype=dtype)
-    return symmetric_kl.symmetric_kl_grad, (a, b, None, BATCHMEAN, False)
+    return divergence.divergence_grad, (a, b, None, BATCHMEAN, False)
 
 
 NARROW = (torch.float32, torch.bfloat16)
@@ -62,10 +63,20 @@ def test_no_spills_and_accesses_as_wide_as_rows_are_aligned(
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("kind", "cols"), [("js", 1024), ("js", 131072), ("kl", 131072)])  # js needs most registers
+def test_other_kinds_do_not_spill(target: str, kind: str, cols: int) -> None:
+    a, b = torch.empty(2, 256, cols)
+    options = None, BATCHMEAN, False, True, True, list(reference.KINDS).index(kind), 0.5, 2.0
+    (code,) = ahead_of_time(target, divergence.divergence_forward_backward, a, b, *options)
+    assert code.spills == code.scratch == 0
+    assert set(code.loads) == {16}
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", NARROW)
 def test_few_long_rows_are_split_without_spills(target: str, dtype: torch.dtype) -> None:
     a, b = torch.empty(2, 64, 131072, dtype=dtype)
-    codes = ahead_of_time(target, symmetric_kl.symmetric_kl_forward_backward, a, b, None, BATCHMEAN, False, True, True)
+    codes = ahead_of_time(target, divergence.divergence_forward_backward, a, b, None, BATCHMEAN, False, True, True)
     assert [code.programs for code in codes] == [256, 256]
     for code in codes:
         assert code.spills == code.scratch == 0

@@ -31,7 +31,7 @@ LAUNCHERS = {
         importlib.import_module(f"smart_kernels.triton_kernels.{module}"), name
     )
     for module, names in (
-        ("symmetric_kl", [n for n in _library.OPS if n.startswith("symmetric_kl")]),
+        ("divergence", [n for n in _library.OPS if n.startswith("divergence")]),
         ("perturbation", [n for n in _library.OPS if n.startswith(("perturbation", "init"))]),
     )
     for name in names
@@ -131,7 +131,7 @@ def test_a_step_needs_nothing_on_the_host(
         assert "_init_kernel" in launched
         assert ("_step_kernel" in launched) == (adversary != "random")
         # of each divergence the loss with its gradients; for "power" the gradient alone before
-        assert launched.count("_symmetric_kl_kernel") >= (3 if adversary == "power" else 2)
+        assert launched.count("_divergence_kernel") >= (3 if adversary == "power" else 2)
     assert all(p.grad is not None for p in model.parameters())
 
 

@@ -90,7 +90,7 @@ def two_kl(a: torch.Tensor, b: torch.Tensor, reduction: str) -> torch.Tensor:
 
 def of_symmetric_kl(backend: str) -> Iterator[Figure]:
     """Loss of a row and, in their norm, its gradients, relative; those in 16 bits in units in their last place."""
-    from oracle import SymmetricKL, ulp, wide
+    from oracle import Divergence, ulp, wide
 
     from smart_kernels import symmetric_kl, symmetric_kl_grad
 
@@ -104,7 +104,7 @@ def of_symmetric_kl(backend: str) -> Iterator[Figure]:
             b = 2 * torch.randn(1 if cols > 1000 else 5, cols, dtype=torch.float64)
             a = (b + distance * torch.randn_like(b)).to(dtype).requires_grad_()
             b = b.to(dtype).requires_grad_()
-            truth = SymmetricKL(a, b)
+            truth = Divergence(a, b)
             loss = (two_kl if backend == "usual" else symmetric_kl)(a, b, reduction="none")
             grads = torch.autograd.grad(loss.sum(), (a, b))
             loss_off.append(worst(wide(loss) - truth.loss, truth.loss))

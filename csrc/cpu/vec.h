@@ -206,6 +206,12 @@ SK_INLINE Vec<T> vabs(Vec<T> x) {
   return (Vec<T>)((Mask<T>)x & std::numeric_limits<std::remove_reference_t<decltype(Mask<T>{}[0])>>::max());
 }
 
+template <typename T>
+SK_INLINE Vec<T> square_root(Vec<T> x) {
+  for (int i = 0; i < kLanes<T>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+}
+
 // All lanes by one operation, halves with each other: the serial way takes as long as a hundred elements.
 template <int step, typename V, size_t... lane>
 SK_INLINE V swap_lanes(V v, std::index_sequence<lane...>) {
@@ -291,9 +297,9 @@ SK_INLINE void transpose(Vec<T>* x) {
 
 // Errors are those of floats, in units in the last place, with fused multiply-adds (without): tests/test_vector_maths.py.
 
-// exp(x) - 1 = x + x^2 P(x) for |x| <= 0.5, to 0.94 (1.09); minimax, 3e-9 of it (double: 4e-19) before rounding.
+// exp(x) - 1 - x = x^2 P(x) for |x| <= 0.5, to 8e-8 of it (double: 2e-16) before rounding.
 template <typename T>
-SK_INLINE Vec<T> expm1_small(Vec<T> x) {
+SK_INLINE Vec<T> excess_small(Vec<T> x) {
   Vec<T> p;
   if constexpr (std::is_same_v<T, float>) {
     p = set1(1.9849814572305420e-4f);
@@ -316,7 +322,13 @@ SK_INLINE Vec<T> expm1_small(Vec<T> x) {
     p = p * x + 1.6666666666666668210e-1;
     p = p * x + 4.9999999999999999218e-1;
   }
-  return (x * x) * p + x;
+  return (x * x) * p;
+}
+
+// exp(x) - 1 for |x| <= 0.5, to 0.94 (1.09); minimax, 3e-9 of it (double: 4e-19) before rounding.
+template <typename T>
+SK_INLINE Vec<T> expm1_small(Vec<T> x) {
+  return excess_small<T>(x) + x;
 }
 
 // exp(x) for |x| <= ln 2 / 2, to 0.74 (1.02); 1 for 0.
@@ -361,31 +373,38 @@ SK_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
   return x < lowest ? Vec<T>{} : (Vec<T>)((Mask<T>)y + exponent);
 }
 
-// log(x) of a positive normal number, to 0.75 (0.85)
+// k ln 2 + log(1 + f), for f in [sqrt(1/2) - 1, sqrt(2) - 1]: f - f^2/2 + f^3 P(f)
+SK_INLINE Vec<float> log_of_parts(Vec<float> k, Vec<float> f) {
+  Vec<float> p = set1(0.0691558081164f);
+  p = p * f - 0.117898789487f;
+  p = p * f + 0.118729159102f;
+  p = p * f - 0.1238433226f;
+  p = p * f + 0.142186647486f;
+  p = p * f - 0.166692520008f;
+  p = p * f + 0.200022262824f;
+  p = p * f - 0.249999865727f;
+  p = p * f + 0.333333104459f;
+  Vec<float> y = p * f * f * f + k * -2.12194440e-4f;
+  y = y - 0.5f * f * f;
+  return k * 0.693359375f + (f + y);
+}
+
+__attribute__((noinline)) inline Vec<double> log_lanes(Vec<double> x, Vec<double> y, Mask<double> near) {
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = near[i] ? std::log1p(y[i]) : std::log(x[i]);
+  return y;
+}
+
+// log(x) of a positive normal number, to 0.75 (0.85), or where `near` log(1 + y), for y in [-1/4, 1/4], to as much.
 template <typename T>
-SK_INLINE Vec<T> log_positive(Vec<T> x) {
+SK_INLINE Vec<T> log_positive(Vec<T> x, Vec<T> y = Vec<T>{}, Mask<T> near = Mask<T>{}) {
   if constexpr (std::is_same_v<T, float>) {
-    // x = 2^k m, m in [sqrt(1/2), sqrt(2)); log m = f - f^2/2 + f^3 P(f), f = m - 1
+    // x = 2^k m, m in [sqrt(1/2), sqrt(2))
     const Mask<T> bits = (Mask<T>)x - 0x3f3504f3;
-    const Mask<T> k = bits >> 23;
+    const Vec<T> k = __builtin_convertvector(bits >> 23, Vec<T>);
     const Vec<T> f = (Vec<T>)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
-    Vec<T> p = set1(0.0691558081164f);
-    p = p * f - 0.117898789487f;
-    p = p * f + 0.118729159102f;
-    p = p * f - 0.1238433226f;
-    p = p * f + 0.142186647486f;
-    p = p * f - 0.166692520008f;
-    p = p * f + 0.200022262824f;
-    p = p * f - 0.249999865727f;
-    p = p * f + 0.333333104459f;
-    const Vec<T> kf = __builtin_convertvector(k, Vec<T>);
-    Vec<T> y = p * f * f * f + kf * -2.12194440e-4f;
-    y = y - 0.5f * f * f;
-    return kf * 0.693359375f + (f + y);
+    return log_of_parts(near ? Vec<T>{} : k, near ? y : f);
   } else {
-    Vec<T> y;
-    for (int i = 0; i < kLanes<T>; ++i) y[i] = std::log(x[i]);
-    return y;
+    return log_lanes(x, y, near);
   }
 }
 

@@ -41,6 +41,17 @@ _SYMMETRIC_KL_FP64 = {
     4096: Tile(1, 4096, 8),
     math.inf: Tile(1, 2048, 8),
 }
+# The other kinds hold up to twice as much of each element, and js takes two logarithms of it: with 16 elements a thread
+# it spilled 250 bytes, and whatever the kind, rows held in registers 200 and more. So 8 elements, 4 in fp64, none held.
+_OTHER_KINDS = {
+    **{columns: Tile(min(32, max(1, 256 // columns)), columns, max(1, columns // 256)) for columns in (4, 8, *_POWERS)},
+    2048: Tile(1, 2048, 8),
+    math.inf: Tile(1, 4096, 16),
+}
+_OTHER_KINDS_FP64 = {
+    **{columns: Tile(min(32, max(1, 128 // columns)), columns, max(1, columns // 128)) for columns in (4, 8, *_POWERS)},
+    math.inf: Tile(1, 2048, 16),
+}
 # 8 elements of each tensor for a thread, more in units that are longer than 1024; of short ones as many as make 512.
 # The longest are cut into splits of the blocks that stand last.
 _PERTURBATION_STEP = {
@@ -77,6 +88,8 @@ TILES: dict[str, dict[float, Tile]] = {
     "symmetric_kl, held": {HELD: Tile(1, 4096, 16)},
     "symmetric_kl, odd": _SYMMETRIC_KL | {math.inf: Tile(1, 4096, 8)},
     "symmetric_kl, fp64": _SYMMETRIC_KL_FP64,
+    "other kinds": _OTHER_KINDS,
+    "other kinds, fp64": _OTHER_KINDS_FP64,
     "perturbation_step": _PERTURBATION_STEP,
     "perturbation_step, fp64": _PERTURBATION_STEP_FP64,
     "init_perturbation": {math.inf: Tile(1, 1024, 4)},

@@ -1,5 +1,5 @@
-// Symmetric KL on the CPU: the three ops, on one kernel that does a range of rows.
-#include "cpu/symmetric_kl.h"
+// The divergences on the CPU: the ops, on one kernel that does a range of rows.
+#include "cpu/divergence.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,10 +11,8 @@
 #include <tuple>
 
 #include "cpu/cache.h"
+#include "cpu/isa.h"
 #include "cpu/tensors.h"
-
-#define SK_KERNEL "cpu/symmetric_kl_kernel.h"
-#include "cpu/foreach_isa.h"
 
 namespace smart_kernels {
 namespace {
@@ -62,29 +60,34 @@ double normaliser(const Tensor& input, const Weight& weight, int64_t rows, int64
 // Whether a row's exponentials wait for its second reading, or are made anew then. What does not fit in the second cache
 // comes back from the third; that takes longer than to make them by vectors of 64 bytes, and less than by shorter ones.
 // The logits of the next row are asked for meanwhile where they fit in beside.
-void plan_readings(SymmetricKLJob& job, ScalarType dtype) {
+void plan_readings(DivergenceJob& job, ScalarType dtype) {
   const int64_t waiting = 2 * (dtype == ScalarType::Double ? 8 : 4), logits = job.a.itemsize() + job.b.itemsize();
   job.wait = isa() != Isa::avx512 || job.a.cols() * (waiting + logits) <= second_cache_bytes();
   job.ahead = job.a.cols() * ((job.wait ? waiting : 0) + 2 * logits) <= second_cache_bytes();
 }
 
-SymmetricKLJob make_job(const Tensor& input, const Tensor& target, const Weight& weight, int64_t reduction, bool detach) {
-  SymmetricKLJob job{Rows(input), Rows(target), data_or_null(weight), nullptr, false, 1.0, detach, true, false, nullptr, nullptr, nullptr};
+DivergenceJob make_job(
+    const Tensor& input, const Tensor& target, const Weight& weight, int64_t reduction, bool detach, int64_t kind,
+    double beta, double temperature) {
+  STD_TORCH_CHECK(kind >= 0 && kind <= int64_t(kLastKind), "divergence: unknown kind ", kind);
+  DivergenceJob job{
+      Rows(input), Rows(target), data_or_null(weight), nullptr, false, 1.0, detach,
+      Kind(kind), beta, 1 / temperature, greatest(Kind(kind), beta), true, false};
   STD_TORCH_CHECK(
-      job.a.rows() == job.b.rows() && job.a.cols() == job.b.cols(), "symmetric_kl: input and target differ in shape");
+      job.a.rows() == job.b.rows() && job.a.cols() == job.b.cols(), "divergence: input and target differ in shape");
   STD_TORCH_CHECK(
       !weight || (weight->numel() == job.a.rows() && weight->is_contiguous() &&
                   weight->scalar_type() == compute_dtype(input)),
-      "symmetric_kl: weight must be contiguous, one per row, in the dtype of the arithmetic");
+      "divergence: weight must be contiguous, one per row, in the dtype of the arithmetic");
   job.scale = normaliser(input, weight, job.a.rows(), reduction);
   plan_readings(job, compute_dtype(input));
   return job;
 }
 
-void run(SymmetricKLJob job) {
+void run(DivergenceJob job) {
   if (std::isinf(job.scale)) job.scale = 0;  // a mean in which no row counts: NaN, but nothing is asked of the rows
   const int64_t rows = job.a.rows(), grain = std::max<int64_t>(1, kGrain / job.a.cols());
-  const auto kernel = SK_DISPATCH(symmetric_kl_rows);
+  const auto kernel = SK_DISPATCH(divergence_rows);
   if (rows <= grain) {
     kernel(job, 0, rows);
     return;
@@ -99,7 +102,7 @@ void run(SymmetricKLJob job) {
 }
 
 // Runs the job with the losses wanted, and reduces them: in order and in double, whatever the number of threads.
-Tensor run_with_loss(SymmetricKLJob& job, const Tensor& input, const Weight& weight, int64_t reduction) {
+Tensor run_with_loss(DivergenceJob& job, const Tensor& input, const Weight& weight, int64_t reduction) {
   const ScalarType dtype = compute_dtype(input);
   const int64_t rows = job.a.rows();
   alignas(double) char few[kFewRows * sizeof(double)];  // no allocation where a batch is small
@@ -122,13 +125,15 @@ Tensor run_with_loss(SymmetricKLJob& job, const Tensor& input, const Weight& wei
   return loss;
 }
 
-Tensor forward(Tensor input, Tensor target, Weight weight, int64_t reduction, bool detach) {
-  SymmetricKLJob job = make_job(input, target, weight, reduction, detach);
+Tensor forward(
+    Tensor input, Tensor target, Weight weight, int64_t reduction, bool detach, int64_t kind, double beta,
+    double temperature) {
+  DivergenceJob job = make_job(input, target, weight, reduction, detach, kind, beta, temperature);
   return run_with_loss(job, input, weight, reduction);
 }
 
 // Allocates the gradients that are wanted
-std::tuple<Tensor, Tensor> make_grads(SymmetricKLJob& job, const Tensor& input, const Tensor& target, bool input_grad, bool target_grad) {
+std::tuple<Tensor, Tensor> make_grads(DivergenceJob& job, const Tensor& input, const Tensor& target, bool input_grad, bool target_grad) {
   Tensor grad_a = input_grad ? empty_cpu_like(input) : empty_cpu({0}, input.scalar_type());
   Tensor grad_b = target_grad ? empty_cpu_like(target) : empty_cpu({0}, target.scalar_type());
   if (input_grad) job.grad_a = grad_a.mutable_data_ptr();
@@ -138,15 +143,15 @@ std::tuple<Tensor, Tensor> make_grads(SymmetricKLJob& job, const Tensor& input, 
 
 std::tuple<Tensor, Tensor> backward(
     std::optional<Tensor> grad_output, Tensor input, Tensor target, Weight weight, int64_t reduction, bool detach,
-    bool input_grad, bool target_grad) {
-  SymmetricKLJob job = make_job(input, target, weight, reduction, detach);
+    bool input_grad, bool target_grad, int64_t kind, double beta, double temperature) {
+  DivergenceJob job = make_job(input, target, weight, reduction, detach, kind, beta, temperature);
   Tensor upstream;
   if (grad_output) {
     upstream = torch::stable::contiguous(*grad_output);
     job.upstream_rows = reduction == kNone;
     STD_TORCH_CHECK(
         upstream.scalar_type() == compute_dtype(input) && upstream.numel() == (job.upstream_rows ? job.a.rows() : 1),
-        "symmetric_kl_backward: grad_output must have the shape and dtype of the loss");
+        "divergence_backward: grad_output must have the shape and dtype of the loss");
     job.upstream = upstream.const_data_ptr();
   }
   auto grads = make_grads(job, input, target, input_grad, target_grad);
@@ -154,13 +159,17 @@ std::tuple<Tensor, Tensor> backward(
   return grads;
 }
 
-Tensor grad(Tensor input, Tensor target, Weight weight, int64_t reduction, bool detach) {
-  return std::get<0>(backward(std::nullopt, input, target, weight, reduction, detach, true, false));
+Tensor grad(
+    Tensor input, Tensor target, Weight weight, int64_t reduction, bool detach, int64_t kind, double beta,
+    double temperature) {
+  return std::get<0>(
+      backward(std::nullopt, input, target, weight, reduction, detach, true, false, kind, beta, temperature));
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward_backward(
-    Tensor input, Tensor target, Weight weight, int64_t reduction, bool detach, bool input_grad, bool target_grad) {
-  SymmetricKLJob job = make_job(input, target, weight, reduction, detach);
+    Tensor input, Tensor target, Weight weight, int64_t reduction, bool detach, bool input_grad, bool target_grad,
+    int64_t kind, double beta, double temperature) {
+  DivergenceJob job = make_job(input, target, weight, reduction, detach, kind, beta, temperature);
   auto [grad_a, grad_b] = make_grads(job, input, target, input_grad, target_grad);
   return {run_with_loss(job, input, weight, reduction), grad_a, grad_b};
 }
@@ -169,8 +178,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_backward(
 }  // namespace smart_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(smart_kernels, CPU, m) {
-  m.impl("symmetric_kl", TORCH_BOX(&smart_kernels::forward));
-  m.impl("symmetric_kl_backward", TORCH_BOX(&smart_kernels::backward));
-  m.impl("symmetric_kl_grad", TORCH_BOX(&smart_kernels::grad));
-  m.impl("symmetric_kl_forward_backward", TORCH_BOX(&smart_kernels::forward_backward));
+  m.impl("divergence", TORCH_BOX(&smart_kernels::forward));
+  m.impl("divergence_backward", TORCH_BOX(&smart_kernels::backward));
+  m.impl("divergence_grad", TORCH_BOX(&smart_kernels::grad));
+  m.impl("divergence_forward_backward", TORCH_BOX(&smart_kernels::forward_backward));
 }

@@ -1,4 +1,4 @@
-"""The Triton kernel of symmetric_kl in Triton's interpreter, on the very tests that the CPU kernel passes."""
+"""The Triton kernel of the divergences in Triton's interpreter, on the very tests that the CPU kernel passes."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize("which", ["30522", "not 30522"])  # which take as long
 def test_interpreted(which: str) -> None:
     """In a process of its own: Triton chooses between compiler and interpreter when it is imported."""
-    run_again(Path(__file__).with_name("test_symmetric_kl.py"), f"Triton and {which}", TRITON_INTERPRET="1")
+    run_again(Path(__file__).with_name("test_divergence.py"), f"Triton and {which}", TRITON_INTERPRET="1")

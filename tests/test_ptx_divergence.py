@@ -1,4 +1,4 @@
-"""What a card would run: the compiled PTX of symmetric_kl, executed on the CPU with every access checked.
+"""What a card would run: the compiled PTX of the divergences, executed on the CPU with every access checked.
 
 An access outside a tensor, or one wider than its address is aligned, raises. Outputs are allocated full of NaN. The
 approximate instructions (ex2, lg2, rcp, division) return up to 2 units in the last place beside what they should.
@@ -14,14 +14,14 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from oracle import SymmetricKL
+from oracle import Divergence
 
 pytest.importorskip("triton")
 import triton
 from gpu_evidence import executed, ptxrun
 
 from smart_kernels import reference
-from smart_kernels.triton_kernels import symmetric_kl as launchers
+from smart_kernels.triton_kernels import divergence as launchers
 from smart_kernels.triton_kernels import tiles
 
 NONE, SUM, MEAN, BATCHMEAN = range(4)
@@ -51,12 +51,20 @@ def logits(cols: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
-def check(tool: ModuleType, a: torch.Tensor, b: torch.Tensor, **options: bool) -> int:
+def check(
+    tool: ModuleType,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    kind: str = "symmetric_kl",
+    temperature: float = 1.0,
+    **options: bool,
+) -> int:
     """All within the bars; returns how many launches it took."""
+    code = list(reference.KINDS).index(kind), 0.3, temperature
     with executed(tool, **CHECKED | options) as launches:
-        loss, *grads = launchers.symmetric_kl_forward_backward(a, b, None, NONE, False, True, True)
+        loss, *grads = launchers.divergence_forward_backward(a, b, None, NONE, False, True, True, *code)
     assert not any(launch.races for launch in launches)
-    truth = SymmetricKL(a, b)
+    truth = Divergence(a, b, kind, 0.3, temperature)
     truth.check_loss(loss)
     truth.check_grads(*grads)
     return len(launches)
@@ -66,6 +74,29 @@ def check(tool: ModuleType, a: torch.Tensor, b: torch.Tensor, **options: bool) -
 @pytest.mark.parametrize("cols", [2, 3, 33, 1000, 30522])
 def test_accuracy(tool: ModuleType, cols: int, dtype: torch.dtype) -> None:
     check(tool, *logits(cols, dtype))
+
+
+@pytest.mark.parametrize("kind", list(reference.KINDS)[1:])
+def test_accuracy_of_every_kind(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    a, b = logits(33, torch.float32)
+    a[10, 0] = b[11, 1] = -math.inf  # masked on one side
+    check(tool, a, b, kind)
+    check(tool, *logits(1000, torch.bfloat16), kind, 1.7)
+    check(tool, *(x[::3] for x in logits(9, torch.float64)), kind)
+    a, b = (x[1::3] for x in logits(9000, torch.float32))
+    assert check(tool, a, b, kind) == 3  # in splits
+    monkeypatch.setattr(tiles, "PROGRAMS", 1)
+    assert check(tool, a, b, kind, 0.6) == 1
+    same = a.clone()
+    with executed(tool):
+        code = list(reference.KINDS).index(kind)
+        results = launchers.divergence_forward_backward(a, same, None, SUM, False, True, True, code)
+    assert all((result == 0).all() for result in results)
+
+
+@pytest.mark.parametrize("cols", [33, 9000])
+def test_accuracy_with_a_temperature(tool: ModuleType, cols: int) -> None:
+    check(tool, *logits(cols, torch.float32), temperature=1.7)
 
 
 @triton.constexpr_function
@@ -93,8 +124,8 @@ def test_accuracy_of_rows_held_in_registers(
     a, b = logits(cols, dtype)
     check(tool, a, b)
     with executed(tool, **CHECKED):
-        grad = launchers.symmetric_kl_grad(a[3:7], b[3:7], None, SUM, False)
-    SymmetricKL(a[3:7], b[3:7]).check_grads(grad, torch.empty(0))
+        grad = launchers.divergence_grad(a[3:7], b[3:7], None, SUM, False)
+    Divergence(a[3:7], b[3:7]).check_grads(grad, torch.empty(0))
 
 
 @pytest.mark.parametrize(("cols", "dtype"), [(33, torch.float16), (40, torch.float64), (262144, torch.float32)])
@@ -123,7 +154,7 @@ def test_equal_logits_give_exact_zeros(tool: ModuleType, cols: int, dtype: torch
     if dtype == torch.float32:
         b[1:] += 8  # exact, for numbers of 8 bits
     with executed(tool):
-        results = launchers.symmetric_kl_forward_backward(a, b, None, SUM, False, True, True)
+        results = launchers.divergence_forward_backward(a, b, None, SUM, False, True, True)
     assert all((result == 0).all() for result in results)
 
 
@@ -140,11 +171,11 @@ def test_weights_upstream_and_special_rows(
     a[3, 2] = -math.inf  # masked on one side
     a[4, 3] = math.nan
     a[5] = b[5] = -math.inf
-    truth, upstream = SymmetricKL(a, b), torch.tensor(0.5)
+    truth, upstream = Divergence(a, b), torch.tensor(0.5)
     with executed(tool, **CHECKED) as launches:
-        rows = launchers.symmetric_kl(a, b, weight, NONE, False)
-        grads = launchers.symmetric_kl_backward(upstream, a, b, weight, MEAN, False, True, True)
-        detached = launchers.symmetric_kl_grad(a, b, weight, SUM, True)
+        rows = launchers.divergence(a, b, weight, NONE, False)
+        grads = launchers.divergence_backward(upstream, a, b, weight, MEAN, False, True, True)
+        detached = launchers.divergence_grad(a, b, weight, SUM, True)
     assert not any(launch.races for launch in launches)
     counted = [2, 6, 7, 8, 9, 10, 11, 12]
     scale = weight.numpy()[counted]
@@ -195,7 +226,7 @@ def test_any_order_of_the_programs_gives_the_same_bits(tool: ModuleType) -> None
     results = []
     for order in ("seq", "rev", "shuffle"):
         with executed(tool, order=order, **CHECKED):
-            results.append(launchers.symmetric_kl_forward_backward(a, b, None, NONE, False, True, True))
+            results.append(launchers.divergence_forward_backward(a, b, None, NONE, False, True, True))
     for result in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], result, strict=True))
 
@@ -205,9 +236,9 @@ def test_no_rows_launch_nothing(tool: ModuleType) -> None:
     with executed(tool) as launches:
         for reduction in range(len(reference.REDUCTIONS)):
             torch.testing.assert_close(
-                launchers.symmetric_kl(a, a, None, reduction, False),
-                reference.symmetric_kl(a, a, None, reduction, False),
+                launchers.divergence(a, a, None, reduction, False),
+                reference.divergence(a, a, None, reduction, False),
                 equal_nan=True,
             )
-            assert launchers.symmetric_kl_backward(None, a, a, None, reduction, False, True, False)[0].shape == a.shape
+            assert launchers.divergence_backward(None, a, a, None, reduction, False, True, False)[0].shape == a.shape
     assert not launches

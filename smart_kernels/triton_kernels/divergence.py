@@ -1,19 +1,20 @@
-"""Symmetric KL divergence of two tensors of logits in Triton: one kernel, and the launchers of its three ops.
+"""Divergences of two tensors of logits in Triton: one kernel for all kinds, and the launchers of its ops.
 
-With p = softmax(a), q = softmax(b), t = log(p / q), w = p + q and x = p - q, a row's loss is Σ x t. No term of it is
-negative, and neither t nor x is formed from two logarithms or probabilities that agree in all but the last digits:
+With p = softmax(a / T), q = softmax(b / T), t = log(p / q), w = p + q and x = p - q, a row's loss is a sum over classes
+of what `kinds.py` makes of p, q, x and t: Σ x t for the symmetric KL. No term of it is negative, and neither t nor x is
+formed from two logarithms or probabilities that agree in all but the last digits:
 
-    t = a - b - s,  s = logsumexp(a) - logsumexp(b);   x = w tanh(t / 2), or p - q where |t| is not small.
+    t = (a - b) / T - s,  s = logsumexp(a / T) - logsumexp(b / T);   x = w tanh(t / 2), or p - q where |t| is not small.
 
-The other sum, skew = Σ w t = KL(p||q) - KL(q||p), gives both divergences, and with them the gradients:
-
-    ∂loss/∂a = p (t - KL(p||q)) + x,   ∂loss/∂b = -q (t + KL(q||p)) - x.
-
-A row that a program can compare at once is read once. A longer one is compared block by block: what a thread knows of
-the blocks before is one class more among those that it reads of the next, by the chain rule of the divergence, and in
+A row that a program can compare at once is read once. A longer one is surveyed block by block: what a thread knows of
+the blocks before is one class more among those that it reads of the next, by the chain rule of the symmetric KL, and in
 the end all threads' parts are compared as if they were classes. For gradients the blocks are gone through again: those
 that registers have room for are still there, the others are read again. Where such rows are few, several programs share
 one: a first launch leaves the parts of each, a second merges them and writes the gradients.
+
+For the symmetric KL the survey's other sum, skew = Σ w t = KL(p||q) - KL(q||p), gives both divergences, and with them
+the gradients: ∂loss/∂a = p (t - KL(p||q)) + x, ∂loss/∂b = -q (t + KL(q||p)) - x. Of the other kinds the survey gives s
+alone; their loss and the sums that their gradients are centred by follow from a reading of the blocks in between.
 """
 
 from __future__ import annotations
@@ -27,34 +28,24 @@ from torch import Tensor
 from triton.language.target_info import cuda_capability_geq, is_hip
 
 from smart_kernels import reference
-from smart_kernels.triton_kernels import tiles
+from smart_kernels.triton_kernels import kinds, scalars, tiles
 
 _SMALL = tl.constexpr(reference.SMALL)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _tanh_half(t):
-    """tanh(t / 2) for |t| <= 0.5: to 3e-9 of it by a minimax polynomial, in fp64 to 1e-16 by a continued fraction."""
-    u = t * t
-    if t.dtype == tl.float64:
-        u *= 0.25
-        return 0.5 * t / (1 + u / (3 + u / (5 + u / (7 + u / (9 + u / 11)))))
-    return t * (0.5 + u * (-0.04166655011 + u * (0.004163823945 - u * 0.0004017970926)))
+def _exp(x, top, inverse):
+    """exp((x - top) / T); below 2^-126 it is 0 in fp32, where a GPU's own instruction saves the four that scale."""
+    return tl.exp((x - top) * inverse) if x.dtype == tl.float64 else tl.exp2((x - top) * (_LOG2_E * inverse))
 
 
 @triton.jit
-def _exp(x, top):
-    """exp(x - top); below 2^-126 it is 0 in fp32, where a GPU's own instruction saves the four that scale."""
-    return tl.exp(x - top) if x.dtype == tl.float64 else tl.exp2((x - top) * _LOG2_E)
-
-
-@triton.jit
-def _twice_normalised(x, top, total):
-    """2 exp(x - top) / total, in fp32 with the factor in the exponent."""
+def _twice_normalised(x, top, total, inverse):
+    """2 exp((x - top) / T) / total, in fp32 with the factor in the exponent."""
     if x.dtype == tl.float64:
-        return tl.exp(x - top[:, None]) * (2 / total)[:, None]
-    return tl.exp2((x - top[:, None]) * _LOG2_E + (1 - tl.log2(total))[:, None])
+        return tl.exp((x - top[:, None]) * inverse) * (2 / total)[:, None]
+    return tl.exp2((x - top[:, None]) * (_LOG2_E * inverse) + (1 - tl.log2(total))[:, None])
 
 
 @triton.jit
@@ -77,12 +68,12 @@ def _difference(p, q, d, s):
     t = tl.where(t == t, t, 0)  # -inf - -inf: a class that is absent. A row that holds a NaN gets it from its sums
     # Beyond |s| = 1024 the rounding of t is more than what p - q loses.
     near = tl.abs(t) <= tl.where(tl.abs(s) <= 1024, _SMALL, -1)
-    return w, tl.where(near, w * _tanh_half(t), p - q), t
+    return w, tl.where(near, w * kinds.tanh_half(t), p - q), t
 
 
 @triton.jit
-def _compare(a, mass_a, b, mass_b, d, known):
-    """Compare two distributions over classes of logits a + log(mass_a) and b + log(mass_b), which differ by d.
+def _compare(a, mass_a, b, mass_b, d, known, inverse):
+    """Compare distributions over classes of logits a / T + log(mass_a), b / T + log(mass_b); d = (a - b) / T.
 
     Returns w, x and t of each class, w and x times the sum of the softmax of a; of each row the reciprocal of that sum;
     the error of t, which `_settle` takes out of x; and what is known of the row: s, free of that error, the loss, the
@@ -94,14 +85,14 @@ def _compare(a, mass_a, b, mass_b, d, known):
     # A block of nothing but absent classes has no mass; -inf - -inf and 0 / 0 must not spoil the row that it is in.
     from_a = tl.where(top_a == -float("inf"), 0, top_a)
     from_b = tl.where(top_b == -float("inf"), 0, top_b)
-    p, q = mass_a * _exp(a, from_a[:, None]), mass_b * _exp(b, from_b[:, None])
+    p, q = mass_a * _exp(a, from_a[:, None], inverse), mass_b * _exp(b, from_b[:, None], inverse)
     sum_a, sum_b = _sums(p, q)
     if known is not None:
-        p0, q0 = known[4] * _exp(known[3], from_a), known[6] * _exp(known[5], from_b)
+        p0, q0 = known[4] * _exp(known[3], from_a, inverse), known[6] * _exp(known[5], from_b, inverse)
         sum_a += p0
         sum_b += q0
     over, ratio = tl.where(sum_a == 0, 0, 1 / sum_a), tl.where(sum_b == 0, 0, sum_a / sum_b)
-    s = tl.where(top_a == top_b, 0, top_a - top_b) + tl.where(sum_a == sum_b, 0, tl.log(sum_a / sum_b))
+    s = tl.where(top_a == top_b, 0, (top_a - top_b) * inverse) + tl.where(sum_a == sum_b, 0, tl.log(sum_a / sum_b))
     w, x, t = _difference(p, q * ratio[:, None], d, s[:, None])
     # s is good to 1e-7 only, which is much where all t are 1e-6; but its error is what Σ x shows, as Σ p = Σ q. With
     # t - error and x - error w / 2 in their places the sums are these. |x t|, as x and t have one sign, is no fused
@@ -126,9 +117,9 @@ def _settle(w, x, error):
 
 
 @triton.jit
-def _merge(parts):
+def _merge(parts, inverse):
     """What is known of parts of each row, as if the parts were classes: what is known of the row."""
-    w, x, _, over, error, known = _compare(parts[3], parts[4], parts[5], parts[6], parts[0], None)
+    w, x, _, over, error, known = _compare(parts[3], parts[4], parts[5], parts[6], parts[0], None, inverse)
     x = _settle(w, x, error[:, None])
     # KL(p||q) is that of the parts plus the mean, weighted by p, of that within each; so is KL(q||p).
     loss, skew = _sums(w * parts[1] + x * parts[2], w * parts[2] + x * parts[1])
@@ -151,10 +142,10 @@ def _load(rows, start, cols, col_stride, mask, other):
 
 
 @triton.jit
-def _compare_block(a, b, known, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
+def _compare_block(a, b, known, inverse, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
     """What is `known` of each thread's group of classes, with those that it has read of one more block."""
     a, b = _grouped(a, GROUPS, VECTOR), _grouped(b, GROUPS, VECTOR)
-    return _compare(a, 1.0, b, 1.0, a - b, known)[5]
+    return _compare(a, 1.0, b, 1.0, (a - b) * inverse, known, inverse)[5]
 
 
 @triton.jit
@@ -174,16 +165,53 @@ def _store_gradients(
 
 
 @triton.jit
-def _store_block(grad_a_ptr, grad_b_ptr, start, cols, mask, a, b, known, kl_pq, kl_qp, half, DETACH: tl.constexpr):
-    """Stores the gradients of a block of a row of which everything is known."""
-    p2, q2 = _twice_normalised(a, known[3], known[4]), _twice_normalised(b, known[5], known[6])
+def _store_block(
+    grad_a_ptr, grad_b_ptr, start, cols, mask, a, b, known, kl_pq, kl_qp, half, inverse, DETACH: tl.constexpr
+):
+    """Stores the symmetric KL's gradients of a block of a row of which everything is known."""
+    p2 = _twice_normalised(a, known[3], known[4], inverse)
+    q2 = _twice_normalised(b, known[5], known[6], inverse)
     # a and b have exchanged their roles: else the compiler would keep a - b in registers from when they were compared.
-    _, x2, t = _difference(q2, p2, b - a, -known[0][:, None])
+    _, x2, t = _difference(q2, p2, (b - a) * inverse, -known[0][:, None])
     _store_gradients(grad_b_ptr, grad_a_ptr, start, cols, mask, q2, p2, x2, t, kl_qp, kl_pq, half, half, DETACH)
 
 
-@triton.jit(do_not_specialize=["n_rows", "count", "a_outer_stride", "b_outer_stride"])
-def _symmetric_kl_kernel(
+@triton.jit
+def _parts(a, b, known, inverse, beta, KIND: tl.constexpr):
+    """Of a block of a row of which everything is known: p, q, and each class's parts of loss and gradients."""
+    p = 0.5 * _twice_normalised(a, known[3], known[4], inverse)
+    q = 0.5 * _twice_normalised(b, known[5], known[6], inverse)
+    _, x, t = _difference(q, p, (b - a) * inverse, -known[0][:, None])
+    term, slope_a, slope_b = kinds.parts(p, q, -x, -t, beta, KIND)
+    return p, q, term, slope_a, slope_b
+
+
+@triton.jit
+def _add_block(a, b, known, totals, inverse, beta, KIND: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
+    """The sums of what `_parts` gives, of each thread's group of classes, with those of one more block."""
+    _, _, term, slope_a, slope_b = _parts(a, b, known, inverse, beta, KIND)
+    term = tl.sum(_grouped(term, GROUPS, VECTOR), 1)
+    slope_a = tl.sum(_grouped(slope_a, GROUPS, VECTOR), 1)
+    return totals[0] + term, totals[1] + slope_a, totals[2] + tl.sum(_grouped(slope_b, GROUPS, VECTOR), 1)
+
+
+@triton.jit
+def _store_parts(
+    grad_a_ptr, grad_b_ptr, start, cols, mask, a, b, known, totals, scale, inverse, beta, KIND: tl.constexpr
+):
+    """Stores the gradients of any other kind, of a block of a row of which everything is known."""
+    p, q, _, slope_a, slope_b = _parts(a, b, known, inverse, beta, KIND)
+    loss, mean_a, mean_b, scale = totals[0][:, None], totals[1][:, None], totals[2][:, None], scale[:, None]
+    if grad_a_ptr is not None:
+        grad_a = scale * kinds.centred(p, slope_a, mean_a, mean_b, loss, KIND)
+        tl.store(grad_a_ptr + start + cols, grad_a.to(grad_a_ptr.dtype.element_ty), mask=mask)
+    if grad_b_ptr is not None:
+        grad_b = scale * kinds.centred(q, slope_b, mean_b, mean_a, loss, KIND)
+        tl.store(grad_b_ptr + start + cols, grad_b.to(grad_b_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_rows", "count", "a_outer_stride", "b_outer_stride", "beta", "inverse"])
+def _divergence_kernel(
     a_ptr,
     b_ptr,
     weight_ptr,  # (n_rows) or None
@@ -192,10 +220,13 @@ def _symmetric_kl_kernel(
     loss_ptr,  # (n_rows), or None; so the gradients
     grad_a_ptr,
     grad_b_ptr,
-    parts_ptr,  # (7, n_rows, SPLITS), or None: what each split of a row tells of it
+    parts_ptr,  # (10, n_rows, SPLITS), or None: what each split of a row tells of it
     n_rows,
     n_inner,
     count,
+    beta,  # the bits of a double, as those of 1 / temperature
+    inverse,
+    greatest,  # which the loss does not exceed
     a_outer_stride,
     a_inner_stride,
     a_col_stride,
@@ -207,6 +238,8 @@ def _symmetric_kl_kernel(
     N_COLS: tl.constexpr,
     ALIGN: tl.constexpr,
     DETACH: tl.constexpr,
+    KIND: tl.constexpr,
+    SCALED: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -214,12 +247,13 @@ def _symmetric_kl_kernel(
     VECTOR: tl.constexpr,
     SPAN: tl.constexpr,
     SPLITS: tl.constexpr,
-    FINISH: tl.constexpr,
+    STAGE: tl.constexpr,
     HELD: tl.constexpr,
 ):
     """BLOCK_M rows per program: their losses and gradients, as far as there are tensors for them.
 
-    Or one of the SPLITS of a row, SPAN classes each: a first launch leaves its parts, a second, with FINISH, has them.
+    Or one of the SPLITS of a row, SPAN classes each: a first launch, of STAGE "survey", leaves its parts; one of STAGE
+    "finish" has them. In between, one of STAGE "sums" leaves sums, of kinds that need any.
     """
     KEPT: tl.constexpr = tiles.blocks_kept(HELD, is_hip(), cuda_capability_geq(10))
     split = tl.program_id(0) % SPLITS
@@ -232,6 +266,9 @@ def _symmetric_kl_kernel(
     a_rows = a_ptr + (ALIGN * (outer * a_outer_stride + inner * a_inner_stride))[:, None]
     b_rows = b_ptr + (ALIGN * (outer * b_outer_stride + inner * b_inner_stride))[:, None]
 
+    beta = scalars.as_number(beta).to(COMPUTE)
+    # A constant where it is one, so that all that it is a factor of is as if there were none.
+    inverse = scalars.as_number(inverse).to(COMPUTE) if SCALED else 1.0
     zero = tl.zeros((BLOCK_M,), COMPUTE)
     read, padding, weight, skip = live, -float("inf"), zero + 1, live & False
     if weight_ptr is not None:
@@ -243,14 +280,14 @@ def _symmetric_kl_kernel(
     if N_COLS <= BLOCK_N:
         a = _load(a_rows, 0, cols, a_col_stride, read[:, None] & mask, padding).to(COMPUTE)
         b = _load(b_rows, 0, cols, b_col_stride, read[:, None] & mask, padding).to(COMPUTE)
-        w, x, t, over, error, known = _compare(a, 1.0, b, 1.0, a - b, None)
-    elif FINISH:
+        w, x, t, over, error, known = _compare(a, 1.0, b, 1.0, (a - b) * inverse, None, inverse)
+    elif STAGE == "sums" or STAGE == "finish":
         parts = parts_ptr + (rows * SPLITS)[:, None] + tl.arange(0, SPLITS)[None, :]
         n_parts = n_rows.to(tl.int64) * SPLITS
         known = ()
         for i in tl.static_range(7):
             known += (tl.load(parts + i * n_parts),)
-        known = _merge(known)
+        known = _merge(known, inverse)
     else:
         # Of each block, every thread adds up what it has read itself: a group of classes. The threads' groups are
         # compared as if they were classes, once and at the end. The first KEPT blocks stay in registers.
@@ -264,28 +301,54 @@ def _symmetric_kl_kernel(
             b = _load(b_rows, i * BLOCK_N, cols, b_col_stride, mask, padding).to(COMPUTE)
             held_b += (b,)  # type: ignore[assignment]
         for i in tl.static_range(KEPT):
-            known = _compare_block(held_a[i], held_b[i], known, GROUPS, VECTOR)
+            known = _compare_block(held_a[i], held_b[i], known, inverse, GROUPS, VECTOR)
         for i in range(KEPT, SPAN // BLOCK_N):
             start = begin + i * BLOCK_N
             mask = read[:, None] & (cols < N_COLS - start)
             a = _load(a_rows, start, cols, a_col_stride, mask, padding).to(COMPUTE)
             b = _load(b_rows, start, cols, b_col_stride, mask, padding).to(COMPUTE)
-            known = _compare_block(a, b, known, GROUPS, VECTOR)
+            known = _compare_block(a, b, known, inverse, GROUPS, VECTOR)
         parts = ()
         for i in tl.static_range(7):
             parts += (known[i][None, :],)
-        known = _merge(parts)
+        known = _merge(parts, inverse)
         if SPLITS > 1:
             for i in tl.static_range(7):
                 tl.store(parts_ptr + (i * n_rows.to(tl.int64) + rows) * SPLITS + split, known[i])
             return
 
     _, loss, skew, _, sum_a, _, sum_b = known
+    totals = loss, skew, skew
+    if KIND != "symmetric_kl":
+        if N_COLS <= BLOCK_N:
+            _, _, term, slope_a, slope_b = _parts(a, b, known, inverse, beta, KIND)
+            totals = _sums_of_three(term, slope_a, slope_b)
+        elif STAGE == "finish":
+            parts += 7 * n_parts
+            term, slope_a, slope_b = tl.load(parts), tl.load(parts + n_parts), tl.load(parts + 2 * n_parts)
+            totals = _sums_of_three(term, slope_a, slope_b)
+        else:
+            none = tl.zeros((GROUPS,), COMPUTE)
+            totals = none, none, none
+            for i in range(SPAN // BLOCK_N):
+                start = begin + i * BLOCK_N
+                mask = read[:, None] & (cols < N_COLS - start)
+                a = _load(a_rows, start, cols, a_col_stride, mask, padding).to(COMPUTE)
+                b = _load(b_rows, start, cols, b_col_stride, mask, padding).to(COMPUTE)
+                totals = _add_block(a, b, known, totals, inverse, beta, KIND, GROUPS, VECTOR)
+            totals = _sums_of_three(totals[0][None, :], totals[1][None, :], totals[2][None, :])
+        if STAGE == "sums":
+            for i in tl.static_range(3):
+                tl.store(parts_ptr + ((7 + i) * n_rows.to(tl.int64) + rows) * SPLITS + split, totals[i])
+            return
+        loss = totals[0]
     # Sums are no positive numbers in a row with a NaN or +inf, or of nothing but -inf. Where they are, but the loss is
     # no number, a class is masked in one tensor alone: 0 * inf, or inf - inf.
     defined = sum_a * sum_b > 0
     finite = defined & (loss < float("inf"))
     loss = tl.where(defined, tl.where(finite, tl.maximum(loss, 0), float("inf")), float("nan"))
+    if KIND != "symmetric_kl":
+        loss = tl.where(loss > greatest, greatest, loss)
     scale = (zero + 1) / count
     if total_ptr is not None:
         scale /= tl.load(total_ptr)
@@ -295,13 +358,15 @@ def _symmetric_kl_kernel(
             tl.store(loss_ptr + rows, weight * scale * loss, mask=live)
 
     if grad_a_ptr is not None or grad_b_ptr is not None:
-        scale = tl.where(finite, weight * scale, float("nan"))
+        scale = tl.where(finite, weight * scale * inverse, float("nan"))
         if upstream_ptr is not None:
             scale *= tl.load(upstream_ptr + rows * upstream_stride, mask=live, other=0)
         scale = tl.where(skip, 0, scale)
         half, kl_pq, kl_qp = 0.5 * scale, 0.5 * (loss + skew), 0.5 * (loss - skew)
         out = (rows * N_COLS)[:, None]
-        if N_COLS <= BLOCK_N:
+        if N_COLS <= BLOCK_N and KIND != "symmetric_kl":
+            _store_parts(grad_a_ptr, grad_b_ptr, out, cols, mask, a, b, known, totals, scale, inverse, beta, KIND)
+        elif N_COLS <= BLOCK_N:
             # t - error, too, but for the sums; p and q as they are, lest one that is small err by a share of the other
             p2, q2, x = w + x, w - x, _settle(w, x, error[:, None])
             kl_pq, kl_qp = kl_pq + error, kl_qp - error
@@ -313,14 +378,23 @@ def _symmetric_kl_kernel(
                 mask = live[:, None] & (cols < N_COLS - i * BLOCK_N)
                 _store_block(
                     grad_a_ptr, grad_b_ptr, out + i * BLOCK_N, cols, mask, held_a[i], held_b[i], known, kl_pq, kl_qp,
-                    half, DETACH,
+                    half, inverse, DETACH,
                 )  # fmt: skip
             for i in range(KEPT, SPAN // BLOCK_N):
                 start = begin + i * BLOCK_N
                 mask = live[:, None] & (cols < N_COLS - start)
                 a = _load(a_rows, start, cols, a_col_stride, read[:, None] & mask, 0).to(COMPUTE)
                 b = _load(b_rows, start, cols, b_col_stride, read[:, None] & mask, 0).to(COMPUTE)
-                _store_block(grad_a_ptr, grad_b_ptr, out + start, cols, mask, a, b, known, kl_pq, kl_qp, half, DETACH)
+                if KIND == "symmetric_kl":
+                    _store_block(
+                        grad_a_ptr, grad_b_ptr, out + start, cols, mask, a, b, known, kl_pq, kl_qp, half, inverse,
+                        DETACH,
+                    )  # fmt: skip
+                else:
+                    _store_parts(
+                        grad_a_ptr, grad_b_ptr, out + start, cols, mask, a, b, known, totals, scale, inverse, beta,
+                        KIND,
+                    )  # fmt: skip
 
 
 def _layout(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, list[list[int]]]:
@@ -350,6 +424,9 @@ def _launch(
     loss: Tensor | None,
     input_grad: bool,
     target_grad: bool,
+    kind: int,
+    beta: float,
+    temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Fill `loss`, one number per row, where it is given; return the gradients, each empty if not asked for."""
     grads = input.new_empty(input.shape if input_grad else 0), target.new_empty(target.shape if target_grad else 0)
@@ -369,22 +446,25 @@ def _launch(
     upstream = None if grad_output is None else grad_output.reshape(-1)
     input, target, (outer, inner) = _layout(input, target)
     align = math.gcd(16, *outer[1:], *inner[1:])
-    kind = ", fp64" if input.dtype == torch.float64 else ", odd" if align == 1 else ""
-    tile = tiles.choose(f"symmetric_kl{kind}", n_cols)
+    name = list(reference.KINDS)[kind]
+    symmetric = name == "symmetric_kl"
+    variant = ", fp64" if input.dtype == torch.float64 else ", odd" if symmetric and align == 1 else ""
+    tile = tiles.choose(f"{name if symmetric else 'other kinds'}{variant}", n_cols)
     blocks = triton.cdiv(n_cols, tile.columns)
     splits = min(triton.next_power_of_2(triton.cdiv(tiles.PROGRAMS, n_rows)), triton.next_power_of_2(blocks))
     if 2 * n_rows > tiles.PROGRAMS or blocks == 1:
         splits = 1
     held = blocks > 1 and splits == 1 and input.dtype != torch.float64 and n_cols <= tiles.HELD
-    held = held and (input_grad or target_grad)
+    held = held and symmetric and (input_grad or target_grad)
     if held:
         tile = tiles.choose("symmetric_kl, held", n_cols)
         blocks = triton.cdiv(n_cols, tile.columns)
     groups = 32 * tile.warps
-    parts = None if splits == 1 else input.new_empty((7, n_rows, splits), dtype=reference.compute_dtype(input))
-    for finish in (False, True)[: 1 if parts is None else 2]:
+    parts = None if splits == 1 else input.new_empty((10, n_rows, splits), dtype=reference.compute_dtype(input))
+    stages = ("survey", "finish") if symmetric else ("survey", "sums", "finish")
+    for stage in ("whole",) if parts is None else stages:
         with torch.cuda.device_of(input):
-            _symmetric_kl_kernel[(triton.cdiv(n_rows, tile.rows) * splits,)](
+            _divergence_kernel[(triton.cdiv(n_rows, tile.rows) * splits,)](
                 input,
                 target,
                 weight,
@@ -397,6 +477,9 @@ def _launch(
                 n_rows,
                 inner[0],
                 count,
+                scalars.bits(beta),
+                scalars.bits(1 / temperature),
+                reference.greatest(kind, beta),
                 outer[1] // align,
                 inner[1] // align,
                 input.stride(-1),
@@ -408,6 +491,8 @@ def _launch(
                 N_COLS=n_cols,
                 ALIGN=align,
                 DETACH=detach_targets,
+                KIND=name,
+                SCALED=temperature != 1,
                 COMPUTE=tl.float64 if input.dtype == torch.float64 else tl.float32,
                 BLOCK_M=tile.rows,
                 BLOCK_N=tile.columns,
@@ -415,7 +500,7 @@ def _launch(
                 VECTOR=min(align, 16 // input.itemsize, max(1, tile.columns // groups)),
                 SPAN=triton.cdiv(blocks, splits) * tile.columns,
                 SPLITS=splits,
-                FINISH=finish,
+                STAGE=stage,
                 HELD=blocks if held else 0,
                 num_warps=tile.warps,
                 enable_fp_fusion=True,
@@ -423,12 +508,22 @@ def _launch(
     return grads
 
 
-def symmetric_kl(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, detach_targets: bool) -> Tensor:
-    """The op `smart_kernels::symmetric_kl` on a GPU."""
-    return symmetric_kl_forward_backward(input, target, weight, reduction, detach_targets, False, False)[0]
+def divergence(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    detach_targets: bool,
+    kind: int = 0,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The op `smart_kernels::divergence` on a GPU."""
+    options = kind, beta, temperature
+    return divergence_forward_backward(input, target, weight, reduction, detach_targets, False, False, *options)[0]
 
 
-def symmetric_kl_backward(
+def divergence_backward(
     grad_output: Tensor | None,
     input: Tensor,
     target: Tensor,
@@ -437,19 +532,31 @@ def symmetric_kl_backward(
     detach_targets: bool,
     input_grad: bool,
     target_grad: bool,
+    kind: int = 0,
+    beta: float = 0.5,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The op `smart_kernels::symmetric_kl_backward` on a GPU."""
-    return _launch(grad_output, input, target, weight, reduction, detach_targets, None, input_grad, target_grad)
+    """The op `smart_kernels::divergence_backward` on a GPU."""
+    options = input_grad, target_grad, kind, beta, temperature
+    return _launch(grad_output, input, target, weight, reduction, detach_targets, None, *options)
 
 
-def symmetric_kl_grad(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, detach_targets: bool
+def divergence_grad(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    detach_targets: bool,
+    kind: int = 0,
+    beta: float = 0.5,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """The op `smart_kernels::symmetric_kl_grad` on a GPU."""
-    return _launch(None, input, target, weight, reduction, detach_targets, None, True, False)[0]
+    """The op `smart_kernels::divergence_grad` on a GPU."""
+    options = True, False, kind, beta, temperature
+    return _launch(None, input, target, weight, reduction, detach_targets, None, *options)[0]
 
 
-def symmetric_kl_forward_backward(
+def divergence_forward_backward(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -457,12 +564,14 @@ def symmetric_kl_forward_backward(
     detach_targets: bool,
     input_grad: bool,
     target_grad: bool,
+    kind: int = 0,
+    beta: float = 0.5,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `smart_kernels::symmetric_kl_forward_backward` on a GPU."""
+    """The op `smart_kernels::divergence_forward_backward` on a GPU."""
+    options = input_grad, target_grad, kind, beta, temperature
     if input.numel() == 0:
-        return reference.symmetric_kl_forward_backward(
-            input, target, weight, reduction, detach_targets, input_grad, target_grad
-        )
+        return reference.divergence_forward_backward(input, target, weight, reduction, detach_targets, *options)
     loss = input.new_empty(input.shape[:-1], dtype=reference.compute_dtype(input))
-    grads = _launch(None, input, target, weight, reduction, detach_targets, loss, input_grad, target_grad)
+    grads = _launch(None, input, target, weight, reduction, detach_targets, loss, *options)
     return (loss.sum() if reduction else loss, *grads)

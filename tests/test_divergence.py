@@ -1,4 +1,4 @@
-"""symmetric_kl against extended precision: the CPU kernel and the eager reference; the public contract."""
+"""The divergences against extended precision: the CPU kernel and the eager reference; the public contract."""
 
 from __future__ import annotations
 
@@ -12,41 +12,51 @@ import torch
 from extension import for_each_lower_instruction_set, requires_extension, run_again
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import SymmetricKL, wide
+from oracle import Divergence, wide
 from torch.autograd import forward_ad, gradcheck
 
-from smart_kernels import SymmetricKLLoss, reference, symmetric_kl, symmetric_kl_grad
+from smart_kernels import (
+    DivergenceLoss,
+    SymmetricKLLoss,
+    divergence,
+    divergence_grad,
+    reference,
+    symmetric_kl,
+    symmetric_kl_grad,
+)
 
 ops = torch.ops.smart_kernels
 NONE, SUM, MEAN, BATCHMEAN = range(4)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KINDS = tuple(reference.KINDS)
+OTHERS = KINDS[1:]
 DELTAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 1.0, 5.0, 20.0)
 
 
 class Kernel:
     """What serves the CPU: the dispatcher's choice, which is the C++ kernel."""
 
-    forward = staticmethod(ops.symmetric_kl)
-    backward = staticmethod(ops.symmetric_kl_backward)
-    forward_backward = staticmethod(ops.symmetric_kl_forward_backward)
+    forward = staticmethod(ops.divergence)
+    backward = staticmethod(ops.divergence_backward)
+    forward_backward = staticmethod(ops.divergence_forward_backward)
 
 
 class Reference:
     """The eager definition."""
 
-    forward = staticmethod(reference.symmetric_kl)
-    backward = staticmethod(reference.symmetric_kl_backward)
-    forward_backward = staticmethod(reference.symmetric_kl_forward_backward)
+    forward = staticmethod(reference.divergence)
+    backward = staticmethod(reference.divergence_backward)
+    forward_backward = staticmethod(reference.divergence_forward_backward)
 
 
 def triton_launchers() -> type[Kernel]:
     """The launchers of the Triton kernel, which take CPU tensors in Triton's interpreter."""
-    from smart_kernels.triton_kernels import symmetric_kl as kernels
+    from smart_kernels.triton_kernels import divergence as kernels
 
     class Triton:
-        forward = staticmethod(kernels.symmetric_kl)
-        backward = staticmethod(kernels.symmetric_kl_backward)
-        forward_backward = staticmethod(kernels.symmetric_kl_forward_backward)
+        forward = staticmethod(kernels.divergence)
+        backward = staticmethod(kernels.divergence_backward)
+        forward_backward = staticmethod(kernels.divergence_forward_backward)
 
     # Every program takes the interpreter as long, and every block: one program for many rows is fast.
     choose = kernels.tiles.choose
@@ -58,7 +68,7 @@ def triton_launchers() -> type[Kernel]:
     return Triton
 
 
-if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton_symmetric_kl.py runs this file so
+if os.environ.get("TRITON_INTERPRET") == "1":  # test_triton_divergence.py runs this file so
     SERVERS = [triton_launchers()]
 else:
     SERVERS = [pytest.param(Kernel, marks=requires_extension), Reference]
@@ -76,23 +86,33 @@ def logits(rows: int, cols: int, delta: float, *dtypes: torch.dtype) -> tuple[to
     return a.to(dtypes[0]), b.to(dtypes[-1])
 
 
-def check(kl: type[Kernel], a: torch.Tensor, b: torch.Tensor) -> SymmetricKL:
+def check(
+    kl: type[Kernel],
+    a: torch.Tensor,
+    b: torch.Tensor,
+    kind: str = "symmetric_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+) -> Divergence:
     """All three ops on a, b against the truth, in both roles and to one side alone."""
-    truth = SymmetricKL(a, b)
-    loss = kl.forward(a, b, None, NONE, False)
+    truth = Divergence(a, b, kind, beta, temperature)
+    options = KINDS.index(kind), beta, temperature
+    loss = kl.forward(a, b, None, NONE, False, *options)
     assert loss.dtype == reference.compute_dtype(a)
     truth.check_loss(loss)
-    grads = kl.backward(torch.ones_like(loss), a, b, None, NONE, False, True, True)
+    grads = kl.backward(torch.ones_like(loss), a, b, None, NONE, False, True, True, *options)
     truth.check_grads(*grads)
-    truth.check_grads(*kl.backward(None, a, b, None, NONE, True, True, True), detach_targets=True)
-    one_sided = kl.backward(None, a, b, None, NONE, False, True, False)
+    if kind == "symmetric_kl":
+        detached = kl.backward(None, a, b, None, NONE, True, True, True, *options)
+        truth.check_grads(*detached, detach_targets=True)
+    one_sided = kl.backward(None, a, b, None, NONE, False, True, False, *options)
     assert torch.equal(one_sided[0], grads[0]) or one_sided[0].isnan().any()
     assert one_sided[1].numel() == 0
-    fused_loss, *fused = kl.forward_backward(a, b, None, SUM, False, True, True)
+    fused_loss, *fused = kl.forward_backward(a, b, None, SUM, False, True, True, *options)
     truth.check_grads(*fused)
     total = truth.loss.sum()
     if np.isfinite(total):
-        bar = 1e-5 * total + (2.0**-21 * truth.distance * np.sqrt(truth.loss)).sum() + 1e-30
+        bar = 1e-5 * total + truth.loss_bar().sum() + 1e-30
         assert abs(fused_loss.item() - total) <= bar
     return truth
 
@@ -102,6 +122,38 @@ def check(kl: type[Kernel], a: torch.Tensor, b: torch.Tensor) -> SymmetricKL:
 def test_accuracy(kl: type[Kernel], dtype: torch.dtype, cols: int) -> None:
     pairs = [logits(1 if cols > 1000 else 7, cols, delta, dtype) for delta in DELTAS]
     check(kl, *map(torch.cat, zip(*pairs, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("cols", "dtype"),
+    [
+        *((cols, torch.float32) for cols in (1, 3, 33, 127, 1000, 5000)),
+        *((cols, torch.bfloat16) for cols in (33, 30522)),
+        (33, torch.float16),
+        *((cols, torch.float64) for cols in (3, 1000)),
+    ],
+)
+@pytest.mark.parametrize("kind", OTHERS)
+def test_accuracy_of_every_kind(kl: type[Kernel], kind: str, cols: int, dtype: torch.dtype) -> None:
+    pairs = [logits(1 if cols > 1000 else 5, cols, delta, dtype) for delta in DELTAS]
+    check(kl, *map(torch.cat, zip(*pairs, strict=True)), kind)
+
+
+@pytest.mark.parametrize(("dtype", "cols"), [(torch.float32, 3), (torch.float32, 3000), (torch.float64, 100)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_accuracy_with_a_temperature(kl: type[Kernel], kind: str, dtype: torch.dtype, cols: int) -> None:
+    pairs = [logits(3, cols, delta, dtype) for delta in DELTAS]
+    a, b = map(torch.cat, zip(*pairs, strict=True))
+    for temperature in (0.3, 3.0):
+        check(kl, a, b, kind, temperature=temperature)
+
+
+@pytest.mark.parametrize("cols", [3, 300])
+@pytest.mark.parametrize("beta", [1e-3, 0.1, 0.7, 0.999])
+def test_accuracy_of_js_for_any_beta(kl: type[Kernel], beta: float, cols: int) -> None:
+    for dtype in (torch.float32, torch.float64):
+        pairs = [logits(5, cols, delta, dtype) for delta in DELTAS]
+        check(kl, *map(torch.cat, zip(*pairs, strict=True)), "js", beta)
 
 
 @pytest.mark.parametrize("delta", [1e-6, 1e-2, 5.0])
@@ -118,6 +170,21 @@ def test_accuracy_of_mixed_dtypes(kl: type[Kernel], a: torch.dtype, b: torch.dty
 @pytest.mark.parametrize("cols", [3, 100, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_accuracy_of_awkward_rows(kl: type[Kernel], dtype: torch.dtype, cols: int) -> None:
+    a, b = awkward(cols, dtype)
+    check(kl, a, b)
+    check(kl, b, a)
+
+
+@pytest.mark.parametrize("cols", [3, 5000])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_accuracy_of_awkward_rows_for_every_kind(kl: type[Kernel], kind: str, cols: int) -> None:
+    a, b = awkward(cols, torch.float32)
+    check(kl, a, b, kind)
+    check(kl, b, a, kind)
+
+
+def awkward(cols: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of what is hardest to keep the digits of."""
     base = torch.randn(cols, dtype=dtype)
     noise = torch.randn(cols, dtype=dtype)
     top = torch.nn.functional.one_hot(base.argmax(), cols).to(dtype)
@@ -135,11 +202,17 @@ def test_accuracy_of_awkward_rows(kl: type[Kernel], dtype: torch.dtype, cols: in
         (base + 0.5 * noise.clamp(-1, 1), base),
         (torch.full_like(base, -1e37) + 3e36 * top, base),  # about as large as fp32 logits can be told apart
     ]
-    check(kl, torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs]))
+    return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_accuracy_of_rows_that_change_on_the_way(kl: type[Kernel], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *(("symmetric_kl", dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)),
+        *((kind, torch.float32) for kind in OTHERS),
+    ],
+)
+def test_accuracy_of_rows_that_change_on_the_way(kl: type[Kernel], kind: str, dtype: torch.dtype) -> None:
     """Long rows are gone through piece by piece: what is learned late must mend what was done before."""
     cols = 3000
     base, noise = torch.randn(2, cols, dtype=torch.float64)
@@ -167,17 +240,26 @@ def test_accuracy_of_rows_that_change_on_the_way(kl: type[Kernel], dtype: torch.
         (base, base.where(spike == 0, math.inf)),
     ]
     a, b = (torch.stack(side).to(dtype) for side in zip(*pairs, strict=True))
-    check(kl, a, b)
+    check(kl, a, b, kind)
     weight = torch.ones(len(pairs), dtype=reference.compute_dtype(a))
     weight[::2] = 0
-    loss, *grads = kl.forward_backward(a, b, weight, NONE, False, True, True)
+    loss, *grads = kl.forward_backward(a, b, weight, NONE, False, True, True, KINDS.index(kind))
     assert (loss[::2] == 0).all()
     assert all((grad[::2] == 0).all() for grad in grads)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("cols", [2, 3, 40, 128, 200, 3000])
-def test_the_bits_of_a_row_do_not_depend_on_the_others(kl: type[Kernel], dtype: torch.dtype, cols: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dtype", "cols"),
+    [
+        *itertools.product(
+            ["symmetric_kl"], [torch.float32, torch.float64, torch.bfloat16], [2, 3, 40, 128, 200, 3000]
+        ),
+        *itertools.product(OTHERS, [torch.float32], [3, 40, 3000]),
+    ],
+)
+def test_the_bits_of_a_row_do_not_depend_on_the_others(
+    kl: type[Kernel], kind: str, dtype: torch.dtype, cols: int
+) -> None:
     """Whichever rows stand beside it, near or far ones or NaN."""
     rows = 67
     a = torch.randn(rows, cols, dtype=torch.float64)
@@ -185,7 +267,9 @@ def test_the_bits_of_a_row_do_not_depend_on_the_others(kl: type[Kernel], dtype: 
     a = a.to(dtype)
 
     def run(a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
-        return [kl.forward(a, b, None, NONE, False), *kl.backward(None, a, b, None, NONE, False, True, True)]
+        options = KINDS.index(kind), 0.3, 1.0
+        loss = kl.forward(a, b, None, NONE, False, *options)
+        return [loss, *kl.backward(None, a, b, None, NONE, False, True, True, *options)]
 
     expected, order = run(a, b), torch.randperm(rows)
     for x, y in zip(expected, run(a[order], b[order]), strict=True):
@@ -201,7 +285,7 @@ def test_the_bits_of_a_row_do_not_depend_on_the_others(kl: type[Kernel], dtype: 
 def test_special_rows_leave_the_others_alone(kl: type[Kernel], cols: int) -> None:
     inf, nan = math.inf, math.nan
     a, b = logits(40, cols, 1e-2, torch.float32)
-    plain = SymmetricKL(a, b)
+    plain = Divergence(a, b)
     a[3, 0] = -inf  # masked on one side only
     b[5, 1] = -inf
     a[7, -1] = nan
@@ -229,13 +313,54 @@ def test_special_rows_leave_the_others_alone(kl: type[Kernel], cols: int) -> Non
         assert grad[21, 0] == 0
 
 
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("cols", [2, 6, 134, 1100])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_last_class_masked_on_one_side(kl: type[Kernel], kind: str, cols: int, temperature: float) -> None:
+    """Behind the last full vector; every difference is larger by 1 / T than that of the logits."""
+    a, b = logits(4, cols, 1e-2, torch.float32)
+    a[0, -1] = b[1, -1] = -math.inf
+    check(kl, a, b, kind, temperature=temperature)
+
+
+@pytest.mark.parametrize("cols", [4, 97, 9000])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_special_rows_of_every_kind(kl: type[Kernel], kind: str, cols: int) -> None:
+    inf = math.inf
+    a, b = logits(14, cols, 1e-2, torch.float32)
+    a[1, b[1].argmax()] = -inf  # masked on one side only
+    b[2, a[2].argmax()] = -inf
+    a[3, 1] = b[3, 2] = -inf
+    a[4, ::2] = b[4, 1::2] = -inf  # nothing in common
+    a[5, 0] = math.nan
+    b[6, 0] = inf
+    a[7] = -inf
+    a[8, 0] = b[8, 0] = -inf
+    a[9, 0] -= 300  # a probability that underflows on one side; on both
+    b[10, 0] -= 300
+    a[11, 0], b[11, 0] = a[11, 0] - 300, b[11, 0] - 290
+    b[12, 0] -= 3e38
+    truth = check(kl, a, b, kind)
+    loss, *grads = kl.forward_backward(a, b, None, NONE, False, True, True, KINDS.index(kind))
+    infinite = {"kl": [1, 3, 4], "reverse_kl": [2, 3, 4]}.get(kind, [])
+    assert np.isposinf(truth.loss).nonzero()[0].tolist() == infinite
+    assert loss[[5, 6, 7]].isnan().all()
+    for grad in grads:
+        assert grad[[5, 6, 7, *infinite]].isnan().all()
+        assert grad[[row for row in range(14) if row not in (5, 6, 7, *infinite)]].isfinite().all()
+        assert grad[8, 0] == 0
+    most = {"js": math.log(2), "hellinger": 1, "total_variation": 1}.get(kind, inf)
+    assert (loss.nan_to_num() <= most).all()
+    assert kind not in ("js", "hellinger", "total_variation") or abs(loss[4].item() - most) <= 1e-6
+
+
 @pytest.mark.parametrize("cols", [5, 80, 9000])
 def test_masked_classes_are_absent(kl: type[Kernel], cols: int) -> None:
     a, b = logits(4, cols, 1e-3, torch.float32)
     keep = torch.rand(cols) < 0.5
     keep[:2] = torch.tensor([True, False])
     masked_a, masked_b = a.masked_fill(~keep, -math.inf), b.masked_fill(~keep, -math.inf)
-    truth = SymmetricKL(a[:, keep], b[:, keep])
+    truth = Divergence(a[:, keep], b[:, keep])
     truth.check_loss(kl.forward(masked_a, masked_b, None, NONE, False))
     for grad, side in zip(kl.backward(None, masked_a, masked_b, None, NONE, False, True, True), (0, 1), strict=True):
         assert (grad[:, ~keep] == 0).all()
@@ -249,9 +374,10 @@ def test_masked_classes_are_absent(kl: type[Kernel], cols: int) -> None:
 def test_equal_logits_give_exact_zeros(kl: type[Kernel], dtype: torch.dtype, cols: int) -> None:
     a = (10 * torch.randn(20, cols)).to(dtype)
     a[3] = 1000
-    loss, *grads = kl.forward_backward(a, a.clone(), None, SUM, False, True, True)
-    assert loss == 0
-    assert all((grad == 0).all() for grad in grads)
+    for kind, temperature in [*((kind, 1.0) for kind in range(len(KINDS))), (0, 0.7)]:
+        loss, *grads = kl.forward_backward(a, a.clone(), None, SUM, False, True, True, kind, 0.3, temperature)
+        assert loss == 0
+        assert all((grad == 0).all() for grad in grads)
 
 
 @given(
@@ -264,17 +390,21 @@ def test_equal_logits_give_exact_zeros(kl: type[Kernel], dtype: torch.dtype, col
 def test_properties(rows: int, cols: int, delta: float, shift: float, seed: int) -> None:
     torch.manual_seed(seed)
     a, b = logits(rows, cols, delta, torch.float32)
-    truth = SymmetricKL(a, b)
-    _, grad_a, grad_b = ops.symmetric_kl_forward_backward(a, b, None, SUM, False, True, True)
+    kind, temperature = KINDS[seed % len(KINDS)], 1 + seed % 3
+    truth = Divergence(a, b, kind, temperature=temperature)
+    truth.check_loss(divergence(a, b, kind, reduction="none", temperature=temperature))
+    truth.check_grads(divergence_grad(a, b, kind, reduction="sum", temperature=temperature), torch.empty(0))
+    truth = Divergence(a, b)
+    _, grad_a, grad_b = ops.divergence_forward_backward(a, b, None, SUM, False, True, True)
     rows_loss = symmetric_kl(a, b, reduction="none")
     truth.check_loss(rows_loss)
     truth.check_grads(grad_a, grad_b)
     # exchanged: the same loss, the gradients exchanged
     truth.check_loss(symmetric_kl(b, a, reduction="none"))
-    truth.check_grads(*reversed(ops.symmetric_kl_backward(None, b, a, None, NONE, False, True, True)))
+    truth.check_grads(*reversed(ops.divergence_backward(None, b, a, None, NONE, False, True, True)))
     # a constant on a whole row of one side changes nothing beyond what the sum's rounding does
     shifted = a + shift
-    SymmetricKL(shifted, b).check_loss(symmetric_kl(shifted, b, reduction="none"))
+    Divergence(shifted, b).check_loss(symmetric_kl(shifted, b, reduction="none"))
     # the gradients of one row sum to 0, as the loss does not change when a constant is added, up to 2^-20 of their
     # terms: each holds t, its mean and the logits' difference, of which rounding leaves as much
     for grad, terms in zip((grad_a, grad_b), truth.terms, strict=True):
@@ -313,7 +443,7 @@ def test_expanded_logits() -> None:
     a.requires_grad_()
     loss = symmetric_kl(a.expand(5, 10), b.expand(5, 10), reduction="sum")
     loss.backward()
-    truth = SymmetricKL(a, b)
+    truth = Divergence(a, b)
     assert abs(loss.item() - 5 * truth.loss[0]) <= 1e-5 * 5 * truth.loss[0]
     truth.check_grads(a.grad, torch.empty(0), scale=5.0)
 
@@ -322,11 +452,11 @@ def test_expanded_logits() -> None:
 def test_nothing_is_written_beyond_the_rows_or_left_unwritten() -> None:
     for rows, cols in ((1, 1), (5, 3), (17, 33), (3, 65), (2, 4097)):
         a, b = logits(rows, cols, 1e-2, torch.float32)
-        expected = ops.symmetric_kl_backward(None, a, b, None, NONE, False, True, True)
+        expected = ops.divergence_backward(None, a, b, None, NONE, False, True, True)
         # The allocator hands freed blocks out again: poisoned ones show what the kernel does not write.
         blocks = [torch.full((rows, cols), math.nan) for _ in range(8)]
         del blocks
-        got = ops.symmetric_kl_backward(None, a, b, None, NONE, False, True, True)
+        got = ops.divergence_backward(None, a, b, None, NONE, False, True, True)
         for want, have in zip(expected, got, strict=True):
             assert torch.equal(want, have)
 
@@ -337,7 +467,7 @@ def test_nothing_is_written_beyond_the_rows_or_left_unwritten() -> None:
 def test_reductions(kl: type[Kernel], shape: tuple[int, ...], weighted: bool, reduction: str) -> None:
     a, b = (x.view(shape) for x in logits(math.prod(shape[:-1]), shape[-1], 0.3, torch.float64))
     weight = torch.rand(shape[:-1], dtype=torch.float64) if weighted else None
-    truth = SymmetricKL(a, b)
+    truth = Divergence(a, b)
     factor = np.ones(shape[:-1]) if weight is None else weight.numpy()
     divisor = {"none": 1, "sum": 1, "mean": factor.sum(), "batchmean": shape[0]}[reduction]
     code = reference.REDUCTIONS.index(reduction)
@@ -361,7 +491,7 @@ def test_rows_of_weight_zero_do_not_count(mask_dtype: torch.dtype, cols: int) ->
     b[~mask] = math.inf
     a.requires_grad_()
     loss = symmetric_kl(a, b, mask.to(mask_dtype), reduction="mean")
-    truth = SymmetricKL(a[mask], b[mask])
+    truth = Divergence(a[mask], b[mask])
     assert abs(loss.item() - truth.loss.mean()) <= 1e-5 * truth.loss.mean() + 2.0**-21 * truth.distance.max()
     for upstream in (1.0, 0.5):
         (grad,) = torch.autograd.grad(loss * upstream, a, retain_graph=True)
@@ -404,6 +534,64 @@ def test_gradcheck(reduction: str, cols: int) -> None:
     assert gradcheck(lambda b: symmetric_kl(a.detach(), b, weight, reduction), (b,))
 
 
+@pytest.mark.parametrize("cols", [4, 70])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_gradcheck_of_every_kind(kind: str, cols: int) -> None:
+    a, b = logits(3, cols, 0.5, torch.float64)
+    a, b, weight = a.requires_grad_(), b.requires_grad_(), torch.rand(3)
+    for reduction in ("none", "mean"):
+        assert gradcheck(lambda a, b, r=reduction: divergence(a, b, kind, weight, r, 0.3, 1.5), (a, b))
+
+
+def test_kinds_are_what_torch_and_the_literature_call_so() -> None:
+    a, b = logits(6, 5, 0.5, torch.float64)
+    p, q = a.log_softmax(-1), b.log_softmax(-1)
+    m = (0.3 * q.exp() + 0.7 * p.exp()).log()
+
+    def kl_div(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.kl_div(input, target, reduction="batchmean", log_target=True)
+
+    expected = {
+        "symmetric_kl": kl_div(p, q) + kl_div(q, p),
+        "kl": kl_div(p, q),
+        "reverse_kl": kl_div(q, p),
+        "js": 0.3 * kl_div(m, q) + 0.7 * kl_div(m, p),  # as in TRL and Liger
+        "hellinger": 0.5 * ((p / 2).exp() - (q / 2).exp()).square().sum() / 6,
+        "total_variation": 0.5 * (p.exp() - q.exp()).abs().sum() / 6,
+    }
+    assert tuple(expected) == KINDS
+    for kind, value in expected.items():
+        torch.testing.assert_close(divergence(a, b, kind, beta=0.3), value, rtol=1e-9, atol=0)
+        torch.testing.assert_close(divergence(3 * a, 3 * b, kind, beta=0.3, temperature=3.0), value, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_detached_targets_get_no_gradient(kind: str) -> None:
+    a, b = (x.requires_grad_() for x in logits(6, 5, 0.5, torch.float32))
+    whole = torch.autograd.grad(divergence(a, b, kind), (a, b))
+    loss = divergence(a, b, kind, detach_targets=True)
+    found = torch.autograd.grad(loss, (a, b), allow_unused=True)
+    assert torch.equal(found[0], whole[0])
+    assert found[1] is None
+    assert torch.equal(divergence_grad(a, b, kind, detach_targets=True), whole[0])
+
+
+def test_symmetric_kl_is_the_first_kind() -> None:
+    a, b = (x.requires_grad_() for x in logits(6, 5, 0.5, torch.float32))
+    weight = torch.rand(6)
+    for detach in (False, True):
+        mine = symmetric_kl(a, b, weight, "mean", detach)
+        other = divergence(a, b, "symmetric_kl", weight, "mean", detach_targets=detach)
+        assert torch.equal(mine, other)
+        for x, y in zip(torch.autograd.grad(mine, (a, b)), torch.autograd.grad(other, (a, b)), strict=True):
+            assert torch.equal(x, y)
+        grads = (
+            symmetric_kl_grad(a, b, weight, "mean", detach),
+            divergence_grad(a, b, weight=weight, reduction="mean", detach_targets=detach),
+        )
+        assert torch.equal(*grads)
+
+
 def test_detached_targets_give_the_gradient_of_the_published_loss() -> None:
     a, b = logits(6, 5, 0.5, torch.float64)
     a, b = a.requires_grad_(), b.requires_grad_()
@@ -433,12 +621,12 @@ def test_a_second_backward_gives_the_same(reduction: str, upstream: float) -> No
 
 def test_an_input_without_gradient_costs_none() -> None:
     a, b = logits(6, 5, 0.5, torch.float32)
-    grads = ops.symmetric_kl_forward_backward(a, b, None, SUM, False, False, True)[1:]
+    grads = ops.divergence_forward_backward(a, b, None, SUM, False, False, True)[1:]
     assert grads[0].numel() == 0
     b.requires_grad_()
     symmetric_kl(a, b).backward()
     assert a.grad is None
-    SymmetricKL(a, b).check_grads(torch.empty(0), b.grad, scale=1 / 6)
+    Divergence(a, b).check_grads(torch.empty(0), b.grad, scale=1 / 6)
     assert not symmetric_kl(a, b.detach()).requires_grad
 
 
@@ -446,9 +634,9 @@ def test_an_input_without_gradient_costs_none() -> None:
 @pytest.mark.parametrize(("cols", "delta"), [(5, 0.1), (5, 2.0), (97, 0.1), (97, 2.0), (1000, 2.0)])
 def test_bits_do_not_depend_on_which_gradients_are_wanted(dtype: torch.dtype, cols: int, delta: float) -> None:
     a, b = logits(200, cols, delta, dtype)
-    loss, *grads = ops.symmetric_kl_forward_backward(a, b, None, NONE, False, True, True)
+    loss, *grads = ops.divergence_forward_backward(a, b, None, NONE, False, True, True)
     for wanted in itertools.product((False, True), repeat=2):
-        other, *others = ops.symmetric_kl_forward_backward(a, b, None, NONE, False, *wanted)
+        other, *others = ops.divergence_forward_backward(a, b, None, NONE, False, *wanted)
         assert torch.equal(other, loss)
         assert all(torch.equal(x, y) for x, y, is_wanted in zip(grads, others, wanted, strict=True) if is_wanted)
 
@@ -493,7 +681,7 @@ def test_a_loss_scale_saves_small_half_gradients() -> None:
     a, b = logits(4096, 3, 1e-3, torch.float16)
     a.requires_grad_()
     (symmetric_kl(a, b) * 65536).backward()
-    SymmetricKL(a, b).check_grads(a.grad, torch.empty(0), scale=16.0)
+    Divergence(a, b).check_grads(a.grad, torch.empty(0), scale=16.0)
     assert (a.grad != 0).float().mean() > 0.5
 
 
@@ -513,6 +701,11 @@ def test_module_is_the_function() -> None:
     module = SymmetricKLLoss(reduction="mean", detach_targets=True)
     assert torch.equal(module(a, b, torch.arange(6)), symmetric_kl(a, b, torch.arange(6), "mean", True))
     assert repr(module) == "SymmetricKLLoss(reduction='mean', detach_targets=True)"
+    module = DivergenceLoss("js", "mean", 0.3, 2.0, True)
+    assert torch.equal(module(a, b, torch.arange(6)), divergence(a, b, "js", torch.arange(6), "mean", 0.3, 2.0, True))
+    assert repr(module) == (
+        "DivergenceLoss(kind='js', reduction='mean', beta=0.3, temperature=2.0, detach_targets=True)"
+    )
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -520,12 +713,25 @@ def test_module_is_the_function() -> None:
 def test_opcheck(reduction: int, weighted: bool) -> None:
     a, b = logits(6, 5, 0.5, torch.float32)
     weight = torch.rand(6) if weighted else None
-    torch.library.opcheck(ops.symmetric_kl.default, (a.requires_grad_(), b, weight, reduction, False))
+    torch.library.opcheck(ops.divergence.default, (a.requires_grad_(), b, weight, reduction, False))
     # Gradients have no derivative of their own, so they are checked on inputs that ask for none.
     a = a.detach()
     upstream = torch.rand(() if reduction else 6)
-    torch.library.opcheck(ops.symmetric_kl_backward.default, (upstream, a, b, weight, reduction, False, True, False))
-    torch.library.opcheck(ops.symmetric_kl_forward_backward.default, (a, b, weight, reduction, True, False, True))
+    torch.library.opcheck(ops.divergence_backward.default, (upstream, a, b, weight, reduction, False, True, False))
+    torch.library.opcheck(ops.divergence_forward_backward.default, (a, b, weight, reduction, True, False, True))
+
+
+@pytest.mark.parametrize("kind", range(1, len(KINDS)))
+def test_opcheck_of_every_kind(kind: int) -> None:
+    a, b = logits(6, 5, 0.5, torch.float32)
+    options = kind, 0.3, 2.0
+    checks = "test_schema", "test_autograd_registration", "test_faketensor"
+    torch.library.opcheck(ops.divergence.default, (a.requires_grad_(), b, None, SUM, False, *options))
+    a = a.detach()
+    arguments = (a, b, None, SUM, False, True, True, *options)
+    torch.library.opcheck(ops.divergence_backward.default, (torch.rand(()), *arguments), test_utils=checks)
+    torch.library.opcheck(ops.divergence_forward_backward.default, arguments, test_utils=checks)
+    torch.library.opcheck(ops.divergence_grad.default, (a, b, None, SUM, False, *options), test_utils=checks)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -543,16 +749,32 @@ def test_compiles_to_one_graph(reduction: str) -> None:
     torch.testing.assert_close(got, expected)
 
 
+def test_every_kind_compiles_to_one_graph() -> None:
+    a, b = (x.requires_grad_() for x in logits(6, 5, 0.5, torch.float32))
+
+    def step(a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
+        return [divergence(1.5 * a, b, kind, temperature=2.0) for kind in KINDS]
+
+    losses, compiled = step(a, b), torch.compile(step, fullgraph=True)(a, b)
+    torch.testing.assert_close(compiled, losses)
+    expected, found = (torch.autograd.grad(sum(values), (a, b)) for values in (losses, compiled))
+    torch.testing.assert_close(found, expected)
+
+
 @requires_extension
-@pytest.mark.parametrize("shape", [(4096, 3), (700, 65), (9, 30522)])
-def test_same_bits_for_any_number_of_threads(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [*itertools.product(["symmetric_kl"], [(4096, 3), (700, 65), (9, 30522)]), *((k, (9, 8000)) for k in OTHERS)],
+)
+def test_same_bits_for_any_number_of_threads(kind: str, shape: tuple[int, int]) -> None:
     a, b = logits(*shape, 1e-2, torch.float32)
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(ops.symmetric_kl_forward_backward(a, b, None, BATCHMEAN, False, True, True))
+            options = BATCHMEAN, False, True, True, KINDS.index(kind)
+            results.append(ops.divergence_forward_backward(a, b, None, *options))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
@@ -601,6 +823,28 @@ def test_bad_input(arguments: tuple[object, ...], error: type[Exception], messag
         symmetric_kl(*arguments)
     with pytest.raises(error, match=message):
         symmetric_kl_grad(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        ({"kind": "jeffreys"}, ValueError, "kind: got 'jeffreys', expected one of 'symmetric_kl', 'kl', 'reverse_kl'"),
+        ({"kind": None}, ValueError, "kind: got None"),
+        ({"kind": "js", "beta": 0}, ValueError, "beta: got 0, expected .* between 0 and 1: .*'kl'.*'reverse_kl'"),
+        ({"kind": "js", "beta": 1.0}, ValueError, "beta: got 1.0, expected"),
+        ({"beta": math.nan}, ValueError, "beta: got nan"),
+        ({"beta": "0.5"}, TypeError, "beta: got str, expected a number"),
+        ({"temperature": 0.0}, ValueError, "temperature: got 0.0, expected a finite number > 0"),
+        ({"temperature": math.inf}, ValueError, "temperature: got inf"),
+        ({"temperature": True}, TypeError, "temperature: got bool"),
+    ],
+)
+def test_bad_options(option: dict[str, object], error: type[Exception], message: str) -> None:
+    for call in (divergence, divergence_grad):
+        with pytest.raises(error, match=message):
+            call(x, x, **option)
+    with pytest.raises(error, match=message):
+        DivergenceLoss(**option)
 
 
 def test_bad_options_of_the_module() -> None:

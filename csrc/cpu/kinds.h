@@ -1,0 +1,156 @@
+// The kinds of divergences: of each one function, as in reference.py, and its row in the tables. What is for vectors is
+// included once per instruction set by divergence_kernel.h.
+#ifndef SMART_KERNELS_KINDS
+#define SMART_KERNELS_KINDS
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace smart_kernels {
+
+enum class Kind : int64_t { symmetric_kl, kl, reverse_kl, js, hellinger, total_variation };  // as in reference.py
+constexpr Kind kLastKind = Kind::total_variation;
+
+// What a divergence cannot exceed: its value for distributions that have no class in common
+inline double greatest(Kind kind, double beta) {
+  switch (kind) {
+    case Kind::js: return -beta * std::log(beta) - (1 - beta) * std::log1p(-beta);
+    case Kind::hellinger:
+    case Kind::total_variation: return 1;
+    default: return std::numeric_limits<double>::infinity();
+  }
+}
+
+// Whether a class that is masked in the input alone makes a divergence infinite; in the target alone.
+constexpr bool infinite_without_p(Kind kind) { return kind == Kind::symmetric_kl || kind == Kind::kl; }
+constexpr bool infinite_without_q(Kind kind) { return kind == Kind::symmetric_kl || kind == Kind::reverse_kl; }
+
+// Sums over a row: of a divergence, and of what its gradients are centred by
+struct Totals {
+  double loss = 0, mean_a = 0, mean_b = 0;
+};
+
+// Whether the latter follow from KL(p||q) and KL(q||p), so that the loss is summed while the gradients are written.
+constexpr bool known_sums(Kind kind) { return kind <= Kind::reverse_kl; }
+inline Totals sums_of(Kind kind, double kl_pq, double kl_qp) {
+  return {0, kind == Kind::kl ? 0 : kl_pq, kind == Kind::reverse_kl ? 0 : kl_qp};
+}
+
+}  // namespace smart_kernels
+
+#endif
+#ifdef SK_ISA
+
+namespace smart_kernels::SK_ISA {
+
+// Some classes: x = p - q and t = log(p / q), with digits that p and q alone have not
+template <typename T>
+struct Classes {
+  Vec<T> p, q, x, t;
+};
+
+// Of each class its share of the loss, q f(r) with r = p / q; p f'(r); q g(r) with g = f - r f'. The gradients are
+// p (f' - sum p f') and q (g - sum q g).
+template <typename T>
+struct Parts {
+  Vec<T> term, slope_a, slope_b;
+};
+
+// x - q log((q + x) / q) >= 0, given the logarithm: q (expm1(log) - log), whose first terms cancel where it is small
+template <typename T>
+SK_INLINE Vec<T> excess(Vec<T> q, Vec<T> x, Vec<T> log) {
+  const Mask<T> near = (vabs<T>(log) <= T(0.5)) & (q != Vec<T>{});
+  return near ? q * excess_small<T>(log) : x - q * log;
+}
+
+// log(m / q) of a mixture m = q + x > 0; anything finite where q is not a normal number
+template <typename T>
+SK_INLINE Vec<T> log_ratio(Vec<T> q, Vec<T> m, Vec<T> x) {
+  const Vec<T> over = T(1) / vmax(q, set1(std::numeric_limits<T>::min()));
+  return log_positive<T>(m * over, x * over, vabs<T>(x) <= T(0.25) * q);
+}
+
+// KL(p||q) + KL(q||p)
+template <typename T>
+SK_INLINE Parts<T> symmetric_kl(const Classes<T>& of, T) {
+  return {of.x * of.t, of.p * of.t + of.x, -(of.q * of.t) - of.x};
+}
+
+// KL(q||p)
+template <typename T>
+SK_INLINE Parts<T> kl(const Classes<T>& of, T) {
+  return {excess<T>(of.q, of.x, of.t), of.x, -(of.q * of.t)};
+}
+
+// KL(p||q)
+template <typename T>
+SK_INLINE Parts<T> reverse_kl(const Classes<T>& of, T) {
+  return {excess<T>(of.p, -of.x, -of.t), of.p * of.t, -of.x};
+}
+
+// beta KL(q||m) + (1 - beta) KL(p||m), m = beta q + (1 - beta) p
+template <typename T>
+SK_INLINE Parts<T> js(const Classes<T>& of, T beta) {
+  const T rest = T(1) - beta;
+  const Vec<T> m = beta * of.q + rest * of.p, more = rest * of.x, less = -beta * of.x;  // m - q, m - p
+  const Vec<T> log_mq = log_ratio<T>(of.q, m, more), log_mp = log_ratio<T>(of.p, m, less);
+  const Vec<T> term = beta * excess<T>(of.q, more, log_mq) + rest * excess<T>(of.p, less, log_mp);
+  return {term, -rest * (of.p * log_mp), -beta * (of.q * log_mq)};
+}
+
+// 1/2 sum (sqrt p - sqrt q)^2
+template <typename T>
+SK_INLINE Parts<T> hellinger(const Classes<T>& of, T) {
+  const Vec<T> root_p = square_root<T>(of.p), root_q = square_root<T>(of.q);
+  const Vec<T> y = of.x == Vec<T>{} ? Vec<T>{} : of.x / (root_p + root_q);
+  return {T(0.5) * y * y, T(0.5) * root_p * y, T(-0.5) * root_q * y};
+}
+
+// 1/2 sum |p - q|; f' and g but for a constant, so that each sum is that of a side's smaller part (`centred`)
+template <typename T>
+SK_INLINE Parts<T> total_variation(const Classes<T>& of, T) {
+  const Vec<T> half = set1(T(0.5)), sign = of.x > Vec<T>{} ? half : of.x < Vec<T>{} ? -half : Vec<T>{};
+  return {half * vabs<T>(of.x), of.p * (sign - half), -of.q * (sign + half)};
+}
+
+template <Kind kind, typename T>
+SK_INLINE Parts<T> parts(const Classes<T>& of, T beta) {
+  if constexpr (kind == Kind::symmetric_kl) return symmetric_kl<T>(of, beta);
+  else if constexpr (kind == Kind::kl) return kl<T>(of, beta);
+  else if constexpr (kind == Kind::reverse_kl) return reverse_kl<T>(of, beta);
+  else if constexpr (kind == Kind::js) return js<T>(of, beta);
+  else if constexpr (kind == Kind::hellinger) return hellinger<T>(of, beta);
+  else return total_variation<T>(of, beta);
+}
+
+// p (f' - sum p f') of a side, given both sides' sums, for a row or for one in each lane; see reference.py.
+template <Kind kind, typename T, typename Sum>
+SK_INLINE Vec<T> centred(Vec<T> p, Vec<T> slope, Sum mean, Sum other_mean, Sum loss) {
+  if constexpr (kind == Kind::total_variation) {
+    const Sum other = loss - other_mean, both = T(0.5) * (mean + other);
+    return -p * (slope == Vec<T>{} ? mean + Vec<T>{} : slope == -p ? other + Vec<T>{} : both + Vec<T>{});
+  } else {
+    return slope - p * mean;
+  }
+}
+
+// f(kind, scaled), both known when compiled: the symmetric KL alone has a version of its own for a temperature of 1.
+template <typename F>
+SK_INLINE auto with_kind(Kind kind, bool scaled, F&& f) {
+  const auto any = [&]<Kind kind>(std::integral_constant<Kind, kind> it) SK_LAMBDA { return f(it, std::true_type{}); };
+  switch (kind) {
+    case Kind::kl: return any(std::integral_constant<Kind, Kind::kl>{});
+    case Kind::reverse_kl: return any(std::integral_constant<Kind, Kind::reverse_kl>{});
+    case Kind::js: return any(std::integral_constant<Kind, Kind::js>{});
+    case Kind::hellinger: return any(std::integral_constant<Kind, Kind::hellinger>{});
+    case Kind::total_variation: return any(std::integral_constant<Kind, Kind::total_variation>{});
+    default: break;
+  }
+  const std::integral_constant<Kind, Kind::symmetric_kl> symmetric{};
+  return scaled ? f(symmetric, std::true_type{}) : f(symmetric, std::false_type{});
+}
+
+}  // namespace smart_kernels::SK_ISA
+
+#endif
