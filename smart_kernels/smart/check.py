@@ -23,9 +23,9 @@ _CAUSES = (
 )
 
 
-def check_connected(clean: CleanPass, logits: Logits) -> None:
+def check_connected(trains: bool, logits: Logits) -> None:
     """Raise RuntimeError where logits, of the clean pass or a perturbed one, carry no graph, while the loss does."""
-    if clean.loss.requires_grad and torch.is_grad_enabled():
+    if trains and torch.is_grad_enabled():
         for i, x in enumerate(logits):
             if not x.requires_grad:
                 raise RuntimeError(

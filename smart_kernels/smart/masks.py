@@ -34,19 +34,21 @@ class _Draw(NamedTuple):
 
 
 class _Mask(NamedTuple):
-    """A mask that was drawn and then divided by the probability of a 1, as long as a graph keeps it.
+    """A mask that was drawn and then divided by the probability of a 1, as long as a graph keeps it or we do.
 
     Attributes:
         draw: how it was drawn.
         after: the generator's state after that.
         scaled: the mask.
         version: its version then; at another one it has been changed.
+        kept: where it is 1, a byte an element, to be there when the graph is not; else None.
     """
 
     draw: _Draw
     after: Tensor
     scaled: TensorWeakRef
     version: int
+    kept: Tensor | None
 
 
 class SharedMasks(TorchFunctionMode):
@@ -71,6 +73,15 @@ class SharedMasks(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._watch = _Watch()
+
+    @property
+    def keep(self) -> bool:
+        """Whether masks outlive the graphs that they were drawn for."""
+        return self._watch.keep
+
+    @keep.setter
+    def keep(self, keep: bool) -> None:
+        self._watch.keep = keep
 
     def clear(self) -> None:
         """Forget all masks."""
@@ -117,7 +128,8 @@ class _Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.masks: dict[int, _Mask] = {}
-        self._drawn: tuple[Tensor, _Draw, Tensor] | None = None
+        self.keep = False
+        self._drawn: tuple[Tensor, _Draw, Tensor, Tensor | None] | None = None
         self._found: Tensor | None = None
 
     @classmethod
@@ -134,9 +146,9 @@ class _Watch(TorchDispatchMode):
             return self._draw(*args)
         result = func(*args, **kwargs or {})
         if func is _SCALE and drawn is not None and args[0] is drawn[0] and args[1] == drawn[1].keep:
-            mask, draw, after = drawn
+            mask, draw, after, kept = drawn
             # autograd has yet to count this division
-            self.masks[_key(draw)] = _Mask(draw, after, TensorWeakRef(mask), mask._version + 1)
+            self.masks[_key(draw)] = _Mask(draw, after, TensorWeakRef(mask), mask._version + 1, kept)
         return result
 
     def _draw(self, mask: Tensor, keep: float = 0.5) -> Tensor:
@@ -148,8 +160,12 @@ class _Watch(TorchDispatchMode):
                 torch.set_rng_state(known.after)
                 self._found = _SHARE(mask, scaled)
                 return mask
+            if known.kept is not None:
+                torch.set_rng_state(known.after)
+                self._drawn = mask.copy_(known.kept), draw, known.after, known.kept
+                return mask
         _DRAW(mask, keep)
-        self._drawn = mask, draw, torch.get_rng_state()
+        self._drawn = mask, draw, torch.get_rng_state(), mask.bool() if self.keep else None
         return mask
 
 
