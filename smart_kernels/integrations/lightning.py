@@ -13,6 +13,7 @@ from torch import Tensor
 
 from smart_kernels.smart.checkpoint import gather_state, restore_state
 from smart_kernels.smart.config import SmartConfig
+from smart_kernels.smart.gradients import scale_of
 from smart_kernels.smart.objective import Smart, attention_mask
 from smart_kernels.smart.passes import output_logits
 
@@ -116,8 +117,9 @@ class SmartCallback(Callback):  # type: ignore[misc]
         """In place of the module's training_step."""
         assert self.smart is not None
         self._place = place
+        scaler = getattr(pl_module.trainer.precision_plugin, "scaler", None)
         try:
-            out = self.smart(batch)
+            out = self.smart.ahead(batch, scale_of(scaler, self.smart.skipped.device))
         except _NoLoss:  # the module skips the batch
             return None
         output, self._output = self._output, None

@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from smart_kernels.smart.checkpoint import load_smart, save_smart
 from smart_kernels.smart.config import CHOICES, SmartConfig
 from smart_kernels.smart.divergence import IGNORED
+from smart_kernels.smart.gradients import scale_of
 from smart_kernels.smart.objective import Smart, SmartOutput, attention_mask
 from smart_kernels.smart.passes import Forward, model_logits, output_logits
 from smart_kernels.smart.structure import copied
@@ -283,7 +284,8 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         self._outputs = None
         self._returns_outputs = return_outputs
         self.smart.asks_for_logits(not return_outputs and self._own_forward is None)
-        out = self.smart({**inputs, _NUM_ITEMS: num_items_in_batch}, num_items=share)
+        scale = scale_of(self.accelerator.scaler, self.smart.skipped.device)
+        out = self.smart.ahead({**inputs, _NUM_ITEMS: num_items_in_batch}, scale, num_items=share)
         outputs, self._outputs = self._outputs, None
         self._record(out, weight / batches if divides else weight)
         loss = weight * out.loss

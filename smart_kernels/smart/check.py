@@ -113,7 +113,7 @@ def check_moves(
                     f"check: {does} in this step: {dtype} resolves {resolution:.1g} at the embeddings' mean size of "
                     f"{size:.2g}. Raise epsilon (and noise_std, where the adversary starts from noise) above that, or "
                     "compute in float32.",
-                    stacklevel=3,
+                    stacklevel=7,  # the caller of a step
                 )
                 return True
     raise RuntimeError(

@@ -113,8 +113,8 @@ class EmbeddingCall:
 
     Attributes:
         output: the first floating-point tensor of its output, in its graph.
-        point: the tensor to differentiate the pass by: the output, or, where nothing that leads to it requires grad, a
-            leaf; None where that was not asked for.
+        point: the tensor to differentiate the pass by: the output on its way into the model, or, where nothing that
+            leads to it requires grad, or the graph is cut, a leaf; None where that was not asked for.
         ids: the integer tensor that was looked up, as far as there is one.
         grad: whether a graph was made.
         cut: whether the point is a leaf in place of an output that has a graph of its own.
@@ -252,7 +252,8 @@ class EmbeddingHook:
             self.cuts += [(v, cuts[id(v)]) for v in tensors([output]) if id(v) in cuts]
             point = cuts.get(id(x))
         if point is None and self._differentiable and torch.is_grad_enabled():
-            point = x if x.requires_grad else x.detach().requires_grad_()
+            # a view, as the output itself may have been taken by another hook
+            point = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         ids = [a for a in args if isinstance(a, Tensor) and not a.is_floating_point()]
         self.calls.append(EmbeddingCall(x, point, ids[0] if ids else None, torch.is_grad_enabled(), id(x) in cuts))
         # The model gets a copy, as it may change what it gets in place.

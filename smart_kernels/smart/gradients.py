@@ -7,6 +7,7 @@ give their gradients to nobody: they are held, and the last one passes them on. 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -91,16 +92,17 @@ class _Parcel:
         if upstream.device.type == "cpu" and bool(upstream == self.scale):
             return grads
         factor = upstream / self.scale
-        memory = [g.untyped_storage().data_ptr() for g in grads if _dense(g)]
+        memory = Counter(g.untyped_storage().data_ptr() for g in grads if g is not None and _dense(g))
         for i, g in enumerate(grads):
             if g is not None:
-                alone = _dense(g) and memory.count(g.untyped_storage().data_ptr()) == 1
+                alone = _dense(g) and memory[g.untyped_storage().data_ptr()] == 1
                 grads[i] = g.mul_(factor) if alone else g * factor
         return grads
 
 
-def _dense(x: Tensor | None) -> bool:
-    return x is not None and x.layout == torch.strided and x.is_contiguous() and not hasattr(x, "to_local")
+def _dense(x: Tensor) -> bool:
+    """Whether it is a plain tensor that has an element once."""
+    return x.layout == torch.strided and x.is_contiguous() and not hasattr(x, "to_local")
 
 
 class _Deliver(torch.autograd.Function):
@@ -133,7 +135,7 @@ def leaves_of(x: Tensor, fronts: set[Any] = frozenset()) -> tuple[list[Tensor], 
             seen.add(node)
             kind = type(node).__name__
             if kind == "AccumulateGrad":
-                leaves.append(node.variable)
+                leaves.append(node.variable)  # type: ignore[attr-defined]
             elif kind == "CheckpointFunctionBackward":
                 raise RuntimeError(
                     "model: has a checkpointed region with use_reentrant=True, which has no gradients but those of "
@@ -142,6 +144,11 @@ def leaves_of(x: Tensor, fronts: set[Any] = frozenset()) -> tuple[list[Tensor], 
             else:
                 waiting.append(node)
     return leaves, not fronts.isdisjoint(seen)
+
+
+def scale_of(scaler: torch.amp.GradScaler | None, device: torch.device) -> float | Tensor:
+    """What a gradient scaler multiplies losses by, 1 where there is none; nothing waits for the device."""
+    return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
 
 
 @contextmanager

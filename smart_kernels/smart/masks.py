@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,14 @@ class _Mask(NamedTuple):
     kept: Tensor | None
 
 
+class _Saved(NamedTuple):
+    """A mask in a graph, in place of its numbers."""
+
+    kept: Tensor
+    dtype: torch.dtype
+    keep: float
+
+
 class SharedMasks(TorchFunctionMode):
     """Within this mode a dropout mask that was drawn before, from the same state of the generator, is not drawn again.
 
@@ -76,7 +85,7 @@ class SharedMasks(TorchFunctionMode):
 
     @property
     def keep(self) -> bool:
-        """Whether masks outlive the graphs that they were drawn for."""
+        """Whether masks outlive the graphs that they were drawn for: a byte an element, also in the graphs."""
         return self._watch.keep
 
     @keep.setter
@@ -94,7 +103,7 @@ class SharedMasks(TorchFunctionMode):
         masked = _MASKED.get(func)
         if masked is None or torch.compiler.is_compiling() or masked(*args, **kwargs or {}) < _FEWEST:
             return func(*args, **kwargs or {})
-        with self._watch:
+        with self._watch, self._watch.saving():
             return func(*args, **kwargs or {})
 
 
@@ -131,6 +140,26 @@ class _Watch(TorchDispatchMode):
         self.keep = False
         self._drawn: tuple[Tensor, _Draw, Tensor, Tensor | None] | None = None
         self._found: Tensor | None = None
+        self._saving: dict[int, tuple[TensorWeakRef, _Saved]] = {}  # by address, of the function that is watched
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """A graph that is made here saves its masks as they are kept; one that saves by other rules, by those."""
+        if not self.keep or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # type: ignore[attr-defined]
+            yield
+            return
+        self._saving = {}
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+                yield
+        finally:
+            self._saving = {}
+
+    def _pack(self, x: Tensor) -> Tensor | _Saved:
+        mask, saved = self._saving.get(x.data_ptr(), (None, None))
+        if saved is not None and mask is not None and mask() is x:
+            return saved
+        return x.detach()  # a node that holds its own output itself is never freed
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -147,6 +176,8 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **kwargs or {})
         if func is _SCALE and drawn is not None and args[0] is drawn[0] and args[1] == drawn[1].keep:
             mask, draw, after, kept = drawn
+            if kept is not None:
+                self._saving[mask.data_ptr()] = TensorWeakRef(mask), _Saved(kept, mask.dtype, draw.keep)
             # autograd has yet to count this division
             self.masks[_key(draw)] = _Mask(draw, after, TensorWeakRef(mask), mask._version + 1, kept)
         return result
@@ -167,6 +198,10 @@ class _Watch(TorchDispatchMode):
         _DRAW(mask, keep)
         self._drawn = mask, draw, torch.get_rng_state(), mask.bool() if self.keep else None
         return mask
+
+
+def _unpack(saved: Tensor | _Saved) -> Tensor:
+    return saved if isinstance(saved, Tensor) else saved.kept.to(saved.dtype).div_(saved.keep)
 
 
 def _worth_it(mask: Tensor) -> bool:

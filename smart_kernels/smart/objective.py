@@ -446,7 +446,7 @@ class Smart:
                 warnings.warn(
                     f"embedding: the {type(hook.module).__name__} to perturb is called {len(calls)} times in a pass; "
                     "each call has a perturbation of its own, so that `perturbation` is a tuple",
-                    stacklevel=4,
+                    stacklevel=9,  # the caller of a step
                 )
             for call in calls if config.adversary != "random" else ():  # which knows no radius
                 self._told |= warn_if_unresolved(call.output, config.epsilon, config.adversary, hook.compute_dtype)

@@ -398,7 +398,8 @@ class Passes:
         added: list[Tensor | None] = []
         for c, d in zip(clean.embeddings, deltas, strict=True):
             again = self._looks_up_again(c)
-            outputs.append(None if again else perturb(c.point if c.cut and not last else c.output, d))
+            start = c.output if last or c.point is None or not c.cut else c.point
+            outputs.append(None if again else perturb(start, d))
             added.append(d if again else None)
         with self._extra(self._seen_from), self._replaced(clean, outputs, self._replay is None, added):
             logits = self._run()
