@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from smart_kernels.smart.config import Logits
 from smart_kernels.smart.embedding import EmbeddingCall, EmbeddingHook, perturb
 from smart_kernels.smart.masks import SharedMasks
-from smart_kernels.smart.parallel import Reduction, learns_static_graph, sharded_modules, without_reducer
+from smart_kernels.smart.parallel import Reduction, finds_unused, learns_static_graph, sharded_modules, without_reducer
 from smart_kernels.smart.recording import Recording, Replay
 from smart_kernels.smart.state import Attributes, Generators, States, has_attributes, reachable, set_states
 from smart_kernels.smart.structure import copied
@@ -328,7 +328,10 @@ class Passes:
         # with "independent" masks, what a generator of torch's gives is no matter of ours
         self._before = self._generators.states()
         hook, apart = self.hook, self.compiled() or not self.may_split()
-        how = {"differentiable": differentiable and not apart, "cut": split and not apart}
+        how = {
+            "differentiable": differentiable and not apart,
+            "cut": split and not apart and not finds_unused(self.model),
+        }
         self._split = self._masks.keep = split
         count = (lambda: 0) if hook is None else (lambda: len(hook.calls))
         recording = Recording(self.model, self._modules, self._ids, self._entries, self._generators, count)
