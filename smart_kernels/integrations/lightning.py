@@ -26,7 +26,9 @@ class SmartCallback(Callback):  # type: ignore[misc]
     metrics and counters; where the logits are made in a way that cannot be followed, it runs for each pass, what
     it logs counts once, and what it changes in the module is put back. For a None the batch is skipped. The module
     logs task_loss, smoothness, proximal and skipped_samples too. The teacher moves after each step that the optimiser
-    has made, and the state of SMART is part of Lightning's checkpoints.
+    has made. A step has the passes of :meth:`~smart_kernels.Smart.backward`: with ``detach_clean=True`` or
+    ``memory="lean"`` there is one graph at a time, and the loss that Lightning calls backward on has that of the last
+    pass. The state of SMART is part of Lightning's checkpoints.
 
     Args:
         config: the hyper-parameters; the paper's by default.

@@ -131,6 +131,9 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
     whose forward takes no `**kwargs`), it takes the mean of the micro-batches' means, however many items each has;
     so do all three terms here.
 
+    A step has the passes of :meth:`~smart_kernels.Smart.backward`: with `smart_detach_clean` or ``smart_memory="lean"``
+    there is one graph at a time, and the loss that Trainer calls backward on has that of the last pass.
+
     The log gets, as means since the last one, task_loss, smoothness, proximal and perturbation_linf (or _l2: the
     largest norm of a sample's perturbation, in units of the embeddings), and skipped_samples, how many so far had no
     finite gradient. Checkpoints get "smart.safetensors". One that is not complete, since the process was killed, is no
@@ -284,8 +287,12 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         self._outputs = None
         self._returns_outputs = return_outputs
         self.smart.asks_for_logits(not return_outputs and self._own_forward is None)
-        scale = scale_of(self.accelerator.scaler, self.smart.skipped.device)
-        out = self.smart.ahead({**inputs, _NUM_ITEMS: num_items_in_batch}, scale, num_items=share)
+        batch = {**inputs, _NUM_ITEMS: num_items_in_batch}
+        if _reentrant(self.args):  # which has no gradients but those of the only backward pass
+            out = self.smart(batch, num_items=share)
+        else:
+            scale = scale_of(self.accelerator.scaler, self.smart.skipped.device)
+            out = self.smart.ahead(batch, scale, num_items=share)
         outputs, self._outputs = self._outputs, None
         self._record(out, weight / batches if divides else weight)
         loss = weight * out.loss
