@@ -433,6 +433,37 @@ def test_gradients_in_autocast_are_those_of_a_backward_pass_outside(way: str) ->
     assert_same_gradients(*models, bar=2**-8)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_with_a_grad_scaler_and_a_step_that_it_skips(way: str) -> None:
+    """The scaler itself begins; its scale as a number does after that."""
+    torch.manual_seed(0)
+    model = Encoder()
+    twin = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin)]
+    smarts = [Smart(m, SmartConfig(**BALL, **WAYS[way], adversary="task", mu=0.0)) for m in (model, twin)]
+    for scale in (lambda: scaler, scaler.get_scale):
+        for smart, how, optimizer in zip(smarts, (scale(), 1.0), optimizers, strict=True):
+            torch.manual_seed(1)
+            smart.generator.manual_seed(1)
+            smart.backward(batch_for(model), how)
+            if how == 1.0:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # a power of two cancels, but for what it brings above 0
+    before = copy.deepcopy(model.state_dict())
+    smarts[0].backward(batch_for(model), scaler)
+    model.head.weight.grad[0, 0] = torch.inf
+    scaler.step(optimizers[0])
+    scaler.update()
+    assert scaler.get_scale() == 2.0**9
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 # -------------------------------------------------------------------------------------------------- who listens
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from smart_kernels.smart.checkpoint import gather_state, restore_state
 from smart_kernels.smart.config import SmartConfig
-from smart_kernels.smart.gradients import scale_of
 from smart_kernels.smart.objective import Smart, attention_mask
 from smart_kernels.smart.passes import output_logits
 
@@ -121,7 +120,7 @@ class SmartCallback(Callback):  # type: ignore[misc]
         self._place = place
         scaler = getattr(pl_module.trainer.precision_plugin, "scaler", None)
         try:
-            out = self.smart.ahead(batch, scale_of(scaler, self.smart.skipped.device))
+            out = self.smart.ahead(batch, scaler or 1.0)
         except _NoLoss:  # the module skips the batch
             return None
         output, self._output = self._output, None

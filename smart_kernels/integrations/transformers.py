@@ -26,7 +26,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from smart_kernels.smart.checkpoint import load_smart, save_smart
 from smart_kernels.smart.config import CHOICES, SmartConfig
 from smart_kernels.smart.divergence import IGNORED
-from smart_kernels.smart.gradients import scale_of
 from smart_kernels.smart.objective import Smart, SmartOutput, attention_mask
 from smart_kernels.smart.passes import Forward, model_logits, output_logits
 from smart_kernels.smart.structure import copied
@@ -291,8 +290,7 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         if _reentrant(self.args):  # which has no gradients but those of the only backward pass
             out = self.smart(batch, num_items=share)
         else:
-            scale = scale_of(self.accelerator.scaler, self.smart.skipped.device)
-            out = self.smart.ahead(batch, scale, num_items=share)
+            out = self.smart.ahead(batch, self.accelerator.scaler or 1.0, num_items=share)
         outputs, self._outputs = self._outputs, None
         self._record(out, weight / batches if divides else weight)
         loss = weight * out.loss

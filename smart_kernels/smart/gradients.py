@@ -25,10 +25,12 @@ class Held:
         scale: what the loss is going to be multiplied by, as far as it is known: small gradients of an fp16 model keep
             their digits in the early passes, too. 0-dim, or 1.0 for nothing.
         reduction: of a sharded model.
+        known: whether the loss is multiplied by just that.
     """
 
-    def __init__(self, scale: Tensor | float, reduction: Reduction) -> None:
-        self.scale = scale
+    def __init__(self, scale: Tensor | float, reduction: Reduction, known: bool = False) -> None:
+        self._scale = scale
+        self._known = known
         self._reduction = reduction
         self.begun = False
         """Whether a part of the loss has been left to what is held."""
@@ -47,7 +49,7 @@ class Held:
             return
         self._origins |= {id(leaf): origin for origin, leaf in cuts}
         leaves, shared = leaves_of(loss, {origin.grad_fn for origin, _ in cuts})
-        scale = torch.as_tensor(self.scale, dtype=loss.dtype, device=loss.device)
+        scale = like(loss, self._scale)
         with self._reduction.held(), without_autocast(), _unhooked(leaves):
             # what lies before a cut is needed again: the rest goes when nobody holds the loss any longer
             grads = torch.autograd.grad(loss, leaves, scale, retain_graph=shared, allow_unused=True)
@@ -72,11 +74,12 @@ class Held:
         """A loss of this value; its gradient is what is held, and that of `last`, which alone has a graph."""
         grads = [(self._origins.get(id(leaf), leaf), grad) for leaf, grad in self._grads.values()]
         self._grads = {}
-        return _Deliver.apply(_Parcel(value, self.scale, [g for _, g in grads]), last, *(x for x, _ in grads))  # type: ignore[no-any-return,no-untyped-call]
+        parcel = _Parcel(value, None if self._known else self._scale, [g for _, g in grads])
+        return _Deliver.apply(parcel, last, *(x for x, _ in grads))  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Parcel:
-    def __init__(self, value: Tensor, scale: Tensor | float, grads: list[Tensor | None]) -> None:
+    def __init__(self, value: Tensor, scale: Tensor | float | None, grads: list[Tensor | None]) -> None:
         self.value = value
         self.scale = scale
         self.grads: list[Tensor | None] | None = grads
@@ -89,7 +92,7 @@ class _Parcel:
                 "backward: called twice on the loss of a step whose first graphs are freed; expected one call, or "
                 "`smart(batch).loss`, which keeps all graphs"
             )
-        if upstream.device.type == "cpu" and bool(upstream == self.scale):
+        if self.scale is None or (upstream.device.type == "cpu" and bool(upstream == self.scale)):
             return grads
         factor = upstream / self.scale
         memory = Counter(g.untyped_storage().data_ptr() for g in grads if g is not None and _dense(g))
@@ -146,9 +149,9 @@ def leaves_of(x: Tensor, fronts: set[Any] = frozenset()) -> tuple[list[Tensor], 
     return leaves, not fronts.isdisjoint(seen)
 
 
-def scale_of(scaler: torch.amp.GradScaler | None, device: torch.device) -> float | Tensor:
-    """What a gradient scaler multiplies losses by, 1 where there is none; nothing waits for the device."""
-    return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
+def like(loss: Tensor, scale: Tensor | float) -> Tensor:
+    """A scale as a gradient of the loss; nothing waits for the device."""
+    return scale.to(loss) if isinstance(scale, Tensor) else loss.new_full((), scale)
 
 
 @contextmanager

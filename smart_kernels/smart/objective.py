@@ -19,7 +19,7 @@ from smart_kernels.smart.check import check_connected, check_moves, check_zero
 from smart_kernels.smart.config import AT_CLEAN, SmartConfig
 from smart_kernels.smart.divergence import Divergence, choose_divergence
 from smart_kernels.smart.embedding import EmbeddingCall, find_embedding, warn_if_unresolved
-from smart_kernels.smart.gradients import without_autocast
+from smart_kernels.smart.gradients import like, without_autocast
 from smart_kernels.smart.parallel import bare, check_supported, rank
 from smart_kernels.smart.passes import CleanPass, Forward, Passes, detached, run_model
 from smart_kernels.smart.positions import Layout, Positions
@@ -27,6 +27,9 @@ from smart_kernels.smart.state import Generators, set_states
 from smart_kernels.smart.step import Options, Step
 from smart_kernels.smart.structure import copied
 from smart_kernels.smart.teacher import Teacher
+
+Scale = float | Tensor | torch.amp.GradScaler
+"""What a loss is multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ class Smart:
     def backward(
         self,
         batch: Any,
-        scale: float | Tensor = 1.0,
+        scale: Scale = 1.0,
         *,
         initial_perturbation: Tensor | Sequence[Tensor] | None = None,
         generator: torch.Generator | None = None,
@@ -209,7 +212,8 @@ class Smart:
             batch: as in a call.
             scale: what the gradients are multiplied by, > 0: ``scaler.get_scale()`` of a
                 :class:`torch.amp.GradScaler`, one over the number of batches that make one gradient, or both. A
-                number, or a 0-dim tensor on the device, which is not waited for.
+                number, or a 0-dim tensor on the device, which is not waited for. Or the scaler itself: its scale, which
+                is not waited for either, and which begins here where it has not begun.
             initial_perturbation: as in a call.
             generator: as in a call.
             num_items: as in a call.
@@ -218,7 +222,7 @@ class Smart:
             As of a call, with a loss that is detached and not scaled.
 
         Raises:
-            TypeError: `scale` is no number or scalar tensor; and as in a call.
+            TypeError: `scale` is no number, scalar tensor or gradient scaler; and as in a call.
             ValueError: `scale` is not positive; and as in a call.
             RuntimeError: nothing has a graph, as in ``torch.no_grad()``; a part of the model is checkpointed with
                 ``use_reentrant=True`` while there are two backward passes; and as in a call.
@@ -236,15 +240,16 @@ class Smart:
             >>> out.loss.requires_grad, model[2].weight.grad.shape
             (False, torch.Size([3, 12]))
         """
-        scale = _check_scale(scale)
+        scale = self._check_scale(scale)
         if not torch.is_grad_enabled():
             raise RuntimeError("backward: got called within torch.no_grad(), expected gradients to be enabled")
-        out = self._step(batch, Options(initial_perturbation, generator, num_items), ahead=True, scale=scale)
+        options = Options(initial_perturbation, generator, num_items)
+        out = self._step(batch, options, ahead=True, scale=scale, known=True)
         with without_autocast():
-            out.loss.backward(None if scale == 1.0 else torch.as_tensor(scale).to(out.loss))
+            out.loss.backward(like(out.loss, scale))
         return dataclasses.replace(out, loss=out.loss.detach())
 
-    def ahead(self, batch: Any, scale: float | Tensor = 1.0, **options: Any) -> SmartOutput:
+    def ahead(self, batch: Any, scale: Scale = 1.0, **options: Any) -> SmartOutput:
         """As a call, with all backward passes made but the last: for those who call backward on the loss themselves.
 
         What :meth:`backward` does but for its end. The loss has one graph and the gradients of the passes before; it
@@ -252,16 +257,18 @@ class Smart:
 
         Args:
             batch: as in a call.
-            scale: what the loss is going to be multiplied by, about: so small gradients of an fp16 model do not vanish
-                in the backward passes that are made here.
+            scale: what the loss is going to be multiplied by, about, as in :meth:`backward`: so small gradients of an
+                fp16 model do not vanish in the backward passes that are made here.
             options: further arguments of a call.
         """
-        return self._step(batch, Options(**options), ahead=True, scale=_check_scale(scale))
+        return self._step(batch, Options(**options), ahead=True, scale=self._check_scale(scale))
 
-    def _step(self, batch: Any, options: Options, ahead: bool, scale: float | Tensor = 1.0) -> SmartOutput:
+    def _step(
+        self, batch: Any, options: Options, ahead: bool, scale: float | Tensor = 1.0, known: bool = False
+    ) -> SmartOutput:
         self._check_model()
         with self._passes.step():
-            step = Step(self, batch, options, ahead, scale).run()
+            step = Step(self, batch, options, ahead, scale, known).run()
         self.steps += 1
         perturbation = _public(detached(step.deltas)) if step.deltas else None
         terms = step.task_loss, step.smoothness, step.proximal
@@ -310,6 +317,20 @@ class Smart:
     def trial(self) -> AbstractContextManager[None]:
         """Around runs of the user's function in evaluation mode whose traces are put back when it ends."""
         return self._passes.trial()
+
+    def _check_scale(self, scale: Scale) -> float | Tensor:
+        if isinstance(scale, torch.amp.GradScaler):
+            return scale.scale(torch.ones((), device=self.skipped.device))
+        if isinstance(scale, Tensor):
+            if scale.dim() or not scale.is_floating_point():
+                got = f"{scale.dtype} of shape {tuple(scale.shape)}"
+                raise TypeError(f"scale: got {got}, expected a floating-point tensor of no dimensions, or a number")
+            return scale.detach()
+        if not isinstance(scale, int | float) or isinstance(scale, bool):
+            raise TypeError(f"scale: got {type(scale).__name__}, expected a number, a tensor or a GradScaler")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale: got {scale}, expected a finite number > 0")
+        return scale
 
     @property
     def _checking(self) -> bool:
@@ -512,19 +533,6 @@ def _decay_switch(config: SmartConfig, num_training_steps: int | None) -> float:
             f"{config.decay_late} after {config.decay_switch:g} of the steps (for one decay, set decay_late to decay)"
         )
     return math.inf if config.decay_switch else 0
-
-
-def _check_scale(scale: float | Tensor) -> float | Tensor:
-    if isinstance(scale, Tensor):
-        if scale.dim() or not scale.is_floating_point():
-            got = f"{scale.dtype} of shape {tuple(scale.shape)}"
-            raise TypeError(f"scale: got {got}, expected a floating-point tensor of no dimensions, or a number")
-        return scale.detach()
-    if not isinstance(scale, int | float) or isinstance(scale, bool):
-        raise TypeError(f"scale: got {type(scale).__name__}, expected a number or a tensor")
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale: got {scale}, expected a finite number > 0")
-    return scale
 
 
 def _check_num_items(num_items: float | Tensor | None, logits: Tensor) -> float | Tensor | None:

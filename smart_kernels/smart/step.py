@@ -39,6 +39,7 @@ class Step:
         options: for this step.
         ahead: make each backward pass but the last one as soon as it can be made.
         scale: what the loss is going to be multiplied by, as far as it is known.
+        known: whether it is just that.
 
     Attributes:
         whole: the loss, of which the last backward pass begins.
@@ -56,14 +57,22 @@ class Step:
     logits: Logits
     deltas: Deltas | None = None
 
-    def __init__(self, smart: Smart, batch: Any, options: Options, ahead: bool, scale: Tensor | float = 1.0) -> None:
+    def __init__(
+        self,
+        smart: Smart,
+        batch: Any,
+        options: Options,
+        ahead: bool,
+        scale: Tensor | float = 1.0,
+        known: bool = False,
+    ) -> None:
         self._smart = smart
         self._config = smart.config
         self._passes: Passes = smart._passes
         self._batch = batch
         self._options = options
         self._ahead = ahead and self._passes.may_split()
-        self._held = Held(scale, self._passes.reduction)
+        self._held = Held(scale, self._passes.reduction, known)
         self._checking = smart._checking
         self._checked_zero = False
         self._divergence: Divergence
