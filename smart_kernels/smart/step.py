@@ -108,7 +108,7 @@ class Step:
     def clean(self) -> tuple[CleanPass, CleanPass]:
         """The ordinary pass: the user's function, once."""
         split = splits(self._config, self._ahead)
-        again = split and not self._config.detach_clean and self._config.adversary == "power"
+        again = split and not self._config.detach_clean
         graph = self._passes.clean(self._batch, self._config.adversary in AT_CLEAN, split, again)
         self._trains = graph.loss.requires_grad
         if self._checking:
