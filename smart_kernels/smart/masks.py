@@ -83,14 +83,14 @@ class SharedMasks(TorchFunctionMode):
         super().__init__()
         self._watch = _Watch()
 
-    @property
-    def keep(self) -> bool:
-        """Whether masks outlive the graphs that they were drawn for: a byte an element, also in the graphs."""
-        return self._watch.keep
+    def set(self, keep: bool, pack: bool) -> None:
+        """For what is drawn from now on.
 
-    @keep.setter
-    def keep(self, keep: bool) -> None:
-        self._watch.keep = keep
+        Args:
+            keep: masks outlive the graphs that they were drawn for, a byte an element.
+            pack: a graph has the byte, too, in place of the number.
+        """
+        self._watch.keep, self._watch.pack = keep, pack
 
     def clear(self) -> None:
         """Forget all masks."""
@@ -137,7 +137,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.masks: dict[int, _Mask] = {}
-        self.keep = False
+        self.keep = self.pack = self._packing = False
         self._drawn: tuple[Tensor, _Draw, Tensor, Tensor | None] | None = None
         self._found: Tensor | None = None
         self._saving: dict[int, tuple[TensorWeakRef, _Saved]] = {}  # by address, of the function that is watched
@@ -145,15 +145,16 @@ class _Watch(TorchDispatchMode):
     @contextmanager
     def saving(self) -> Iterator[None]:
         """A graph that is made here saves its masks as they are kept; one that saves by other rules, by those."""
-        if not self.keep or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # type: ignore[attr-defined]
+        if not self.pack or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # type: ignore[attr-defined]
             yield
             return
-        self._saving = {}
+        self._packing = True
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
                 yield
         finally:
-            self._saving = {}
+            self._packing = False
+            self._saving.clear()
 
     def _pack(self, x: Tensor) -> Tensor | _Saved:
         mask, saved = self._saving.get(x.data_ptr(), (None, None))
@@ -176,7 +177,7 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **kwargs or {})
         if func is _SCALE and drawn is not None and args[0] is drawn[0] and args[1] == drawn[1].keep:
             mask, draw, after, kept = drawn
-            if kept is not None:
+            if kept is not None and self._packing:
                 self._saving[mask.data_ptr()] = TensorWeakRef(mask), _Saved(kept, mask.dtype, draw.keep)
             # autograd has yet to count this division
             self.masks[_key(draw)] = _Mask(draw, after, TensorWeakRef(mask), mask._version + 1, kept)

@@ -332,7 +332,8 @@ class Passes:
             "differentiable": differentiable and not apart,
             "cut": split and not apart and not finds_unused(self.model),
         }
-        self._split = self._masks.keep = split
+        self._split = split
+        self._masks.set(keep=split, pack=False)
         count = (lambda: 0) if hook is None else (lambda: len(hook.calls))
         recording = Recording(self.model, self._modules, self._ids, self._entries, self._generators, count)
         try:
@@ -404,7 +405,10 @@ class Passes:
             start = c.output if last or c.point is None or not c.cut else c.point
             outputs.append(None if again else perturb(start, d))
             added.append(d if again else None)
-        with self._extra(self._seen_from), self._replaced(clean, outputs, self._replay is None, added):
+        with (
+            self._extra(self._seen_from, pack=self._split),
+            self._replaced(clean, outputs, self._replay is None, added),
+        ):
             logits = self._run()
         if not clean.constant:
             # Autograd goes back through the latest pass first.
@@ -427,7 +431,7 @@ class Passes:
         """The clean pass once more, the task loss too, in a graph for the weights."""
         assert self._loss_replay is not None
         outputs = [c.output.clone() for c in clean.embeddings]
-        with self._extra(self._before), self._replaced(clean, outputs, False):
+        with self._extra(self._before, pack=True), self._replaced(clean, outputs, False):
             loss, *logits = self._run(replay=self._loss_replay)
         return replace(clean, loss=loss, logits=tuple(logits), constant=False)
 
@@ -549,12 +553,14 @@ class Passes:
             self.repeats = False
 
     @contextmanager
-    def _extra(self, states: States | None = None) -> Iterator[None]:
+    def _extra(self, states: States | None = None, pack: bool = False) -> Iterator[None]:
         """A pass beside the clean one: its random numbers, and no trace in buffers, attributes and the like.
 
         Args:
             states: of the generators to begin with, where masks are "independent".
+            pack: keep masks small in the graph: beside it lie the gradients of the one before.
         """
+        self._masks.set(keep=self._split, pack=pack)
         if self._dropout != "independent":
             set_states(self._before)
         elif states is not None:
