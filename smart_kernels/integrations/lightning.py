@@ -25,7 +25,9 @@ class SmartCallback(Callback):  # type: ignore[misc]
     and counters. Where the logits come about in a way that cannot be followed, it runs for each pass; what it logs
     counts once, and what it changes in the module is put back. Where it returns None, the batch is skipped. The module
     logs task_loss, smoothness, proximal and skipped_samples too. The teacher moves after each step that the optimiser
-    has made. The state of SMART is part of Lightning's checkpoints.
+    has made. A step has the passes of :meth:`~smart_kernels.Smart.backward`: with ``detach_clean=True`` or
+    ``memory="lean"`` there is one graph at a time, and the loss that Lightning calls backward on has that of the last
+    pass. The state of SMART is part of Lightning's checkpoints.
 
     Args:
         config: the hyper-parameters; the paper's by default.
@@ -116,8 +118,9 @@ class SmartCallback(Callback):  # type: ignore[misc]
         """In place of the module's training_step."""
         assert self.smart is not None
         self._place = place
+        scaler = getattr(pl_module.trainer.precision_plugin, "scaler", None)
         try:
-            out = self.smart(batch)
+            out = self.smart.ahead(batch, scaler or 1.0)
         except _NoLoss:  # the module skips the batch
             return None
         output, self._output = self._output, None

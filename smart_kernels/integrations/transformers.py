@@ -130,6 +130,9 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
     takes no `**kwargs`), it takes the mean of the micro-batches' means, however many items each has, and so do all
     three terms.
 
+    A step has the passes of :meth:`~smart_kernels.Smart.backward`: with `smart_detach_clean` or ``smart_memory="lean"``
+    there is one graph at a time, and the loss that Trainer calls backward on has that of the last pass.
+
     The log gets task_loss, smoothness, proximal and perturbation_linf (or _l2: the largest norm of a sample's
     perturbation, in units of the embeddings), each a mean since the last entry, and skipped_samples, how many samples
     so far had no finite gradient. Checkpoints get "smart.safetensors". A checkpoint that is not complete, because the
@@ -283,7 +286,11 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         self._outputs = None
         self._returns_outputs = return_outputs
         self.smart.asks_for_logits(not return_outputs and self._own_forward is None)
-        out = self.smart({**inputs, _NUM_ITEMS: num_items_in_batch}, num_items=share)
+        batch = {**inputs, _NUM_ITEMS: num_items_in_batch}
+        if _reentrant(self.args):  # which has no gradients but those of the only backward pass
+            out = self.smart(batch, num_items=share)
+        else:
+            out = self.smart.ahead(batch, self.accelerator.scaler or 1.0, num_items=share)
         outputs, self._outputs = self._outputs, None
         self._record(out, weight / batches if divides else weight)
         loss = weight * out.loss
