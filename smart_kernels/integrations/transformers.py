@@ -130,9 +130,10 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
     whose forward takes no `**kwargs`), it takes the mean of the micro-batches' means, however many items each has;
     so do all three terms here.
 
-    The log gets, as means since the last one, task_loss, smoothness, proximal and perturbation_linf (or _l2: the
-    largest norm of a sample's perturbation, in units of the embeddings), and skipped_samples, how many so far had no
-    finite gradient. Checkpoints get "smart.safetensors". One that is not complete, since the process was killed, is no
+    The log gets, as means since the last one, task_loss, smoothness, proximal, smoothness_share (lambda_s * smoothness
+    over task_loss; where it is below 1e-4, one warning after the first epoch names a radius that does something) and
+    perturbation_linf (or _l2: the largest norm of a sample's perturbation, in units of the embeddings), and
+    skipped_samples, how many so far had no finite gradient. Checkpoints get "smart.safetensors". One that is not complete, since the process was killed, is no
     candidate for ``train(resume_from_checkpoint=True)``, and an error if it is named.
 
     Beside another trainer, inherit from both, this class first: ``class T(SmartTrainer, SFTTrainer)``, with arguments
@@ -371,6 +372,8 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
             values = self.accelerator.reduce(sums).tolist()
             names = "task_loss", "smoothness", "proximal", f"perturbation_{self.smart.config.norm}", "skipped_samples"
             logs |= dict(zip(names, values, strict=True))
+            if logs["task_loss"]:
+                logs["smoothness_share"] = self.smart.config.lambda_s * logs["smoothness"] / logs["task_loss"]
             self._sums.zero_()
             self._steps = 0
         super().log(logs, *args, **kwargs)
@@ -426,7 +429,7 @@ def _named_mask(name: str | None) -> Callable[[Any], Any]:
 
 
 class _Steps(TrainerCallback):  # type: ignore[misc]
-    """Tells a SmartTrainer when training begins and when the optimiser has made a step."""
+    """Tells a SmartTrainer when training begins, the optimiser has made a step, and an epoch ends."""
 
     def __init__(self, trainer: SmartTrainer) -> None:
         self._trainer = trainer
@@ -439,6 +442,10 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.end_step()
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._trainer.smart is not None:
+            self._trainer.smart.end_epoch()
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str:
