@@ -7,7 +7,6 @@ here. One thread, no padding beyond the batch, tokens made once for a process.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import json
 import math
@@ -78,7 +77,7 @@ class Run:
 
     @property
     def key(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return json.dumps(vars(self), sort_keys=True)
 
     @property
     def steps(self) -> int:
@@ -314,7 +313,7 @@ def predict(model: nn.Module, corpus: Corpus, tokens: Sequence[Mapping[str, list
 
 
 def quality(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy (per cent), NLL and ECE of classes; 100 times Pearson's and Spearman's correlation, and MSE, of numbers."""
+    """Of classes accuracy (per cent), NLL and ECE; of numbers 100 times Pearson's and Spearman's correlation, MSE."""
     logits = logits.double()
     if logits.shape[1] > 1:
         sure, found = logits.softmax(-1).max(-1)
@@ -334,7 +333,7 @@ def quality(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def calibration_error(sure: Tensor, right: Tensor) -> float:
-    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599): bins of equal width, weighted by their members."""
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599), with bins of equal width."""
     bins = (sure * BINS).long().clamp(max=BINS - 1)
     gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, right.double() - sure.double())
     return gaps.abs().sum().item() / len(sure)

@@ -26,7 +26,8 @@ class SmartCallback(Callback):  # type: ignore[misc]
     it logs counts once, and what it changes in the module is put back. For a None the batch is skipped. The module
     logs task_loss, smoothness, proximal, smoothness_share (lambda_s * smoothness over task_loss) and skipped_samples,
     too; where the share is below 1e-4, one warning after the first epoch names a radius that does something. The
-    teacher moves after each step that the optimiser has made, and the state of SMART is part of Lightning's checkpoints.
+    teacher moves after each step that the optimiser has made, and the state of SMART is part of Lightning's
+    checkpoints.
 
     Args:
         config: the hyper-parameters; the paper's by default.

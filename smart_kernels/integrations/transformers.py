@@ -133,8 +133,9 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
     The log gets, as means since the last one, task_loss, smoothness, proximal, smoothness_share (lambda_s * smoothness
     over task_loss; where it is below 1e-4, one warning after the first epoch names a radius that does something) and
     perturbation_linf (or _l2: the largest norm of a sample's perturbation, in units of the embeddings), and
-    skipped_samples, how many so far had no finite gradient. Checkpoints get "smart.safetensors". One that is not complete, since the process was killed, is no
-    candidate for ``train(resume_from_checkpoint=True)``, and an error if it is named.
+    skipped_samples, how many so far had no finite gradient. Checkpoints get "smart.safetensors". One that is not
+    complete, since the process was killed, is no candidate for ``train(resume_from_checkpoint=True)``, and an error if
+    it is named.
 
     Beside another trainer, inherit from both, this class first: ``class T(SmartTrainer, SFTTrainer)``, with arguments
     of a dataclass that inherits from SmartTrainingArguments and SFTConfig; likewise for Seq2SeqTrainer, TRL's

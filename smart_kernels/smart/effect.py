@@ -19,7 +19,7 @@ SOMETHING = 1e-2
 
 
 class Effect:
-    r"""Adds up :math:`\lambda_s R_s` and the task loss of a training's beginning, and says once if the former is nothing.
+    r"""Adds up :math:`\lambda_s R_s` and the task loss as training begins, and says once if the former is nothing.
 
     The sums stay on the device; they are read once, at the end of the first epoch, or after a third of the training
     where that comes first: in its first steps a new head tells hardly anything apart, and R_s is small at any radius.
