@@ -7,7 +7,6 @@ of its seeds are there, and not before.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import statistics
@@ -42,6 +41,8 @@ from study_run import CORRUPTED, DEVELOPMENT, Run, passes
 SIGNIFICANT = 0.05
 QUICK = (PLAIN, "plain, averaged", "SMART, paper")
 QUICK_CELL = Cell("trec", SCREENED)
+DRAWN = (PLAIN, "plain, averaged", "SMART, paper", "SMART, tuned", "R_s, predicted", "D_Breg", "R3F")
+"""What the figure has of the methods: no more than can be told apart."""
 
 
 class Measure(NamedTuple):
@@ -331,8 +332,9 @@ def verdicts(rows: Sequence[Row], cell: Cell) -> list[str]:
 
 
 PROTOCOL = f"""\
-- **Model and data.** MiniLM-L6-H384 (22.7 M parameters), batches of 16, Adam, linear decay after 10 % warm-up, gradients
-  clipped at 1. TREC-6 (six kinds of questions, 1 423 to test on) and STS-B (similarity of two sentences, 1 379 pairs).
+- **Model and data.** MiniLM-L6-H384 (22.7 M parameters), batches of 16, Adam, linear decay after 10 % warm-up,
+  gradients clipped at 1. TREC-6 (six kinds of questions, 1 423 to test on) and STS-B (similarity of two sentences,
+  1 379 pairs to test on).
   A seed gives training examples, head, order and dropout masks; all methods share them.
 - **Tuning.** {DEVELOPMENT} examples are split from the training pool, and {len(TUNING_SEEDS)} seeds that no final run
   has are measured on them. Plain fine-tuning is tuned over nine pairs of learning rate and epochs at every size. A
@@ -355,8 +357,8 @@ def document(results: Results) -> str:
     runs = remaining(results)
     parts = [
         "# Does SMART help? Few-shot fine-tuning, every method tuned",
-        f"{len(results)} runs are done. Still to run: {len(runs)} at most, about {core_hours(results, runs):.0f} hours of "
-        "a core. Rows that are not complete are left out.",
+        f"{len(results)} runs are done. Still to run: {len(runs)} at most, about {core_hours(results, runs):.0f} hours "
+        "of a core. Rows that are not complete are left out.",
         "```bash\n"
         "pip install -e '.[bench]'\n"
         "python benchmarks/study.py            # goes on with the runs\n"
@@ -394,11 +396,12 @@ def figure(results: Results) -> Any:
     """Score over training size, and over the share of typos at one size, on TREC; None without matplotlib or rows."""
     sizes = sorted(size for task, size, noise in CELLS if task == "trec" and not noise)
     rows = {size: finished(results, Cell("trec", size)) for size in sizes}
-    names = list(dict.fromkeys(row.method.name for size in sizes for row in rows[size]))
+    known = {row.method.name for size in sizes for row in rows[size]}
+    names = [name for name in DRAWN if name in known]
     with plotting() as plt:
         if plt is None or not names:
             return None
-        palette = dict(zip(names, itertools.chain(["#444444", *COLOURS], itertools.repeat(OUR_COLOUR)), strict=False))
+        palette = dict(zip(DRAWN, ("#222222", COLOURS[0], COLOURS[1], OUR_COLOUR, *COLOURS[2:]), strict=False))
         drawn, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.6))
         place = SCREENED if rows[SCREENED] else next(size for size in sizes if rows[size])
         for number, name in enumerate(names):
