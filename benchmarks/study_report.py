@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from harness import COLOURS, OUR_COLOUR, finish, format_table, plotting
 from study_plan import (
     CELLS,
+    GRID,
     MARGIN,
     METHODS,
     NEIGHBOURS,
@@ -32,11 +33,13 @@ from study_plan import (
     development_score,
     final,
     is_finalist,
+    named,
     outcome,
     remaining,
     tuned,
+    tuned_plain,
 )
-from study_run import CORRUPTED, DEVELOPMENT, Run, passes
+from study_run import AVERAGES, CORRUPTED, DEVELOPMENT, Run, passes
 
 SIGNIFICANT = 0.05
 QUICK = (PLAIN, "plain, averaged", "SMART, paper")
@@ -162,7 +165,12 @@ def score_of(run: Run, result: Mapping[str, Any]) -> float:
 
 
 def values_of(results: Results, runs: Sequence[Run]) -> dict[str, list[float]]:
-    each = [measured(run, results[run.key]) for run in runs]
+    """By seed what was measured and, as "share", lambda_s R_s over the task loss in the last epoch of training."""
+    each = []
+    for run in runs:
+        result = results[run.key]
+        share = run.settings.get("lambda_s", 1.0) * result["smoothness"] / result["task_loss"]
+        each.append({**measured(run, result), "share": share})
     return {name: [one[name] for one in each] for name in each[0]}
 
 
@@ -245,9 +253,11 @@ def score_table(rows: Sequence[Row], cell: Cell) -> str:
         tuning = f"{row.trial.lr:g}, {row.trial.epochs}"
         name, text = row.method.name, settings_text(row.trial.settings)
         mean = f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
-        lines.append([name, text, tuning, str(len(values)), mean, difference, p, up, cost])
-    columns = ["method", "settings", "lr, epochs", "seeds", measure.title, "against plain [95 %]", "p", "up", "cost"]
-    return markdown(columns, lines)
+        share = statistics.fmean(row.values["share"])
+        term = f"{share:.0e}" if share else ""
+        lines.append([name, text, tuning, str(len(values)), mean, difference, p, up, term, cost])
+    columns = ["method", "settings", "lr, epochs", "seeds", measure.title, "against plain [95 %]", "p", "up"]
+    return markdown([*columns, "λ_s R_s / task loss", "cost"], lines)
 
 
 def other_table(rows: Sequence[Row], cell: Cell) -> str:
@@ -296,6 +306,17 @@ def development_table(results: Results, cell: Cell) -> str:
     score, loss = MEASURES[cell.task][0].title, "MSE" if cell.task == "stsb" else "NLL"
     columns = ["settings", "weights", "lr", "epochs", score, loss, "chosen for"]
     return markdown(columns, [line for _, line in sorted(lines, key=lambda line: line[0])])
+
+
+def edge_text(results: Results, cell: Cell) -> str:
+    """Which pair is plain's, and whether better ones may lie beyond the grid."""
+    plain = outcome(tuned_plain(results, cell))
+    if plain is None:
+        return "Plain fine-tuning is not tuned yet."
+    pairs = zip(("learning rate", "number of epochs"), (plain.lr, plain.epochs), GRID[cell.size], strict=True)
+    ends = [name for name, value, tried in pairs if value in (min(tried), max(tried))]
+    beyond = f"; its {' and '.join(ends)} lies at an end of what was tried" if ends else ""
+    return f"Plain fine-tuning is best at {plain.lr:g}, {plain.epochs} epochs{beyond}."
 
 
 def trial_key(trial: Trial) -> str:
@@ -385,7 +406,7 @@ def document(results: Results) -> str:
     parts += ["## On development data", f"Mean and standard deviation over {len(TUNING_SEEDS)} seeds of every trial."]
     for cell in CELLS:
         if table := development_table(results, cell):
-            parts += [f"### {cell_title(cell)}", table]
+            parts += [f"### {cell_title(cell)}", edge_text(results, cell), table]
     return "\n\n".join(parts) + "\n"
 
 
@@ -452,17 +473,22 @@ def write(results: Results, folder: Path) -> str:
 
 
 def repeated(results: Results, seeds: Iterable[int]) -> dict[str, list[Run]]:
-    """The runs of some finished rows with other seeds, by method."""
-    rows = {row.method.name: row for row in finished(results, QUICK_CELL)}
-    seeds = list(seeds)
-    return {
-        name: [dataclasses.replace(rows[name].runs[0], seed=seed) for seed in seeds] for name in QUICK if name in rows
-    }
+    """Runs of some methods with other seeds, by method: as they are tuned or, before that, with the first pair."""
+    task, size, noise = QUICK_CELL
+    runs, seeds = {}, list(seeds)
+    for method in map(named, QUICK):
+        rates, epochs = GRID[size]
+        first = Trial(method.settings, rates[0], epochs[0], AVERAGES[-1] if method.averaged else 0.0)
+        trial = outcome(tuned(results, method, QUICK_CELL)) or first
+        own = trial.settings, trial.lr, trial.epochs
+        runs[method.name] = [Run(task, size, *own, seed, "test", noise, trial.average) for seed in seeds]
+    return runs
 
 
 def quick_table(study: Results, results: Results, runs: Mapping[str, Sequence[Run]]) -> str:
     """What was found with other seeds, beside the study's interval."""
     rows = finished(study, QUICK_CELL)
+    complete = {row.method.name for row in rows}
     new = {name: values_of(results, chosen) for name, chosen in runs.items()}
     lines: list[list[str] | None] = []
     for measure in MEASURES[QUICK_CELL.task]:
@@ -473,8 +499,9 @@ def quick_table(study: Results, results: Results, runs: Mapping[str, Sequence[Ru
                 continue
             change = math.log if measure.ratio else float
             ours, theirs = ([change(v) for v in new[n][measure.key]] for n in (name, PLAIN))
-            own, known = paired(ours, theirs), comparisons(rows, measure)[name][0]
-            lines.append(["", name, text, difference_text(own, measure), difference_text(known, measure)])
+            known = difference_text(comparisons(rows, measure)[name][0], measure) if name in complete else "not yet"
+            lines.append(["", name, text, difference_text(paired(ours, theirs), measure), known])
     seeds = len(next(iter(runs.values())))
+    shares = ", ".join(f"{name} {statistics.fmean(v['share']):.0e}" for name, v in new.items() if any(v["share"]))
     columns = [cell_title(QUICK_CELL), "method", "mean", f"against plain, {seeds} new seeds", "in the study"]
-    return format_table(columns, lines)
+    return f"{format_table(columns, lines)}\n\nλ_s R_s over the task loss in the last epoch: {shares}"

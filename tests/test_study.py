@@ -38,7 +38,8 @@ def invented(run: Run, better: Mapping[str, float] = {}) -> dict[str, Any]:
     measured = {kind: {name: 50 + chance.random() for name in names} for kind in kinds}
     for one in measured.values():
         one["score"] += better.get(run.settings.get("adversary", "none"), 0.0)
-    return {"seconds": 1.0, "measuring": 1.0, "measured": measured}
+    terms = {"task_loss": 0.1, "smoothness": 1e-9, "proximal": 0.0}
+    return {"seconds": 1.0, "measuring": 1.0, **terms, "measured": measured}
 
 
 def complete(results: dict[str, Any], cells: tuple[Cell, ...] = CELLS, **better: float) -> dict[str, Any]:
@@ -258,6 +259,9 @@ def test_what_is_written(finished: dict[str, Any], tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(study_report, "remaining", lambda results: study_plan.remaining(results, CELLS[:1]))
     study_report.write({}, tmp_path)
     assert "No row is complete yet" in (tmp_path / "study.md").read_text(encoding="utf-8")
+    runs = study_report.repeated({}, study.QUICK_SEEDS)
+    again = {run.key: invented(run) for of_method in runs.values() for run in of_method}
+    assert "not yet" in study_report.quick_table({}, again, runs)
     results = complete({}, CELLS[:1], power=20.0)
     text = study_report.document(results)
     assert "Still to run: 0 at most" in text
@@ -271,7 +275,10 @@ def test_what_is_written(finished: dict[str, Any], tmp_path: Path, monkeypatch: 
     runs = study_report.repeated(results, study.QUICK_SEEDS)
     assert list(runs) == list(study_report.QUICK)
     again = {run.key: invented(run) for of_method in runs.values() for run in of_method}
-    assert "in the study" in study_report.quick_table(results, again, runs)
+    assert "not yet" not in study_report.quick_table(results, again, runs)
+    assert {run.average for run in runs["plain, averaged"]} == {
+        outcome(study_plan.tuned(results, study_plan.METHODS[1], CELLS[0])).average
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- a run
