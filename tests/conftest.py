@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -10,6 +11,10 @@ import torch
 
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each has its share of the cores
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
+os.environ.pop("PYTEST_ADDOPTS", None)  # of this run, not of one that a test starts
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -23,12 +24,12 @@ def for_each_lower_instruction_set(test: Callable[[str], None]) -> Callable[[str
     return requires_extension(pytest.mark.skipif("SMART_KERNELS_ISA" in os.environ, reason=once)(test))
 
 
-def run_again(file: str, selection: str, isa: str) -> None:
-    """Run the tests of a file that a selection names in a process that keeps to an instruction set."""
+def run_again(file: str | Path, selection: str, **environment: str) -> None:
+    """Run the tests of a file that a selection names, in a process with more in its environment."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", selection],
-        env={**os.environ, "SMART_KERNELS_ISA": isa},
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(file), "-k", selection],
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 0, run.stdout
+    assert run.returncode == 0, run.stdout + run.stderr

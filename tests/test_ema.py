@@ -507,7 +507,7 @@ def test_same_bits_for_any_number_of_threads(seed: int | None) -> None:
 def test_every_instruction_set(isa: str) -> None:
     """The accuracy tests again in a process that keeps to a lower instruction set."""
     selection = "kernel and (accuracy or bit or special or strides or average) or properties or stochastic_rounding_is"
-    run_again(__file__, selection, isa)
+    run_again(__file__, selection, SMART_KERNELS_ISA=isa)
 
 
 x, y = torch.zeros(4), torch.ones(4)

@@ -428,7 +428,7 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
 @for_each_lower_instruction_set
 def test_every_instruction_set(isa: str) -> None:
     """The accuracy tests again in a process that keeps to a lower instruction set."""
-    run_again(__file__, "cpp and (accuracy or start)", isa)
+    run_again(__file__, "cpp and (accuracy or start)", SMART_KERNELS_ISA=isa)
 
 
 @not_interpreted

@@ -549,7 +549,7 @@ def test_same_bits_for_any_number_of_threads(shape: tuple[int, int]) -> None:
 @for_each_lower_instruction_set
 def test_every_instruction_set(isa: str) -> None:
     """The accuracy tests again in a process that keeps to a lower instruction set."""
-    run_again(__file__, "Kernel and (accuracy or special or masked or equal or strides or bits)", isa)
+    run_again(__file__, "Kernel and (accuracy or special or masked or equal or strides or bits)", SMART_KERNELS_ISA=isa)
 
 
 x = torch.zeros(2, 3)

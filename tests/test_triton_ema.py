@@ -6,12 +6,11 @@ What a card would run, the compiled PTX, is executed in test_gpu_ema.py.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from extension import run_again
 
 pytest.importorskip("triton")
 from gpu_code import TARGETS, ahead_of_time
@@ -30,13 +29,7 @@ def test_interpreted() -> None:
     # It rounds to bfloat16 towards zero: a copy of other dtypes is left out, and held to the bit in test_gpu_ema.py.
     selection = "triton and (many_tensors or decay_one or special_values or leaves_wide_shadows)"
     selection += " and not (decay_one and (dtypes3 or dtypes5))"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(tests), "-k", selection],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout
+    run_again(tests, selection, TRITON_INTERPRET="1")
 
 
 def test_the_kernel_knows_the_table() -> None:

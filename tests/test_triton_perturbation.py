@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,6 +12,7 @@ from unittest import mock
 import oracle
 import pytest
 import torch
+from extension import run_again
 from oracle import PerturbationStep, wide
 
 pytest.importorskip("triton")
@@ -34,14 +33,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_interpreted() -> None:
     """The cases of test_perturbation in a process whose Triton interprets the kernels."""
-    tests = Path(__file__).with_name("test_perturbation.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(tests)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout
+    run_again(Path(__file__).with_name("test_perturbation.py"), "", TRITON_INTERPRET="1")
 
 
 def codes(way: tuple[str, str, str]) -> tuple[int, int, int]:

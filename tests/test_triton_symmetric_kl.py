@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from extension import run_again
 
 pytest.importorskip("triton")
 
 
-def test_in_the_interpreter() -> None:
+@pytest.mark.parametrize("which", ["accuracy", "not accuracy"])  # for two cores
+def test_interpreted(which: str) -> None:
     """In a process of its own: Triton chooses between compiler and interpreter when it is imported."""
-    tests = Path(__file__).with_name("test_symmetric_kl.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(tests), "-k", "Triton"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_again(Path(__file__).with_name("test_symmetric_kl.py"), f"Triton and {which}", TRITON_INTERPRET="1")

@@ -83,4 +83,4 @@ def test_what_would_be_subnormal_is_zero(library: ctypes.CDLL) -> None:
 
 @for_each_lower_instruction_set
 def test_every_instruction_set(isa: str) -> None:
-    run_again(__file__, "error_in_units or subnormal", isa)
+    run_again(__file__, "error_in_units or subnormal", SMART_KERNELS_ISA=isa)

@@ -60,13 +60,15 @@ double normaliser(const Tensor& input, const Weight& weight, int64_t rows, int64
 
 // Whether a row's exponentials wait for its second reading, or are made anew then. What does not fit in the second cache
 // comes back from the third; that takes longer than to make them by vectors of 64 bytes, and less than by shorter ones.
-bool exponentials_wait(const Rows& a, const Rows& b, ScalarType dtype) {
-  const int64_t waiting = 2 * (dtype == ScalarType::Double ? 8 : 4), logits = a.itemsize() + b.itemsize();
-  return isa() != Isa::avx512 || a.cols() * (waiting + logits) <= second_cache_bytes();
+// The logits of the next row are asked for meanwhile where they fit in beside.
+void plan_readings(SymmetricKLJob& job, ScalarType dtype) {
+  const int64_t waiting = 2 * (dtype == ScalarType::Double ? 8 : 4), logits = job.a.itemsize() + job.b.itemsize();
+  job.wait = isa() != Isa::avx512 || job.a.cols() * (waiting + logits) <= second_cache_bytes();
+  job.ahead = job.a.cols() * ((job.wait ? waiting : 0) + 2 * logits) <= second_cache_bytes();
 }
 
 SymmetricKLJob make_job(const Tensor& input, const Tensor& target, const Weight& weight, int64_t reduction, bool detach) {
-  SymmetricKLJob job{Rows(input), Rows(target), data_or_null(weight), nullptr, false, 1.0, detach, true, nullptr, nullptr, nullptr};
+  SymmetricKLJob job{Rows(input), Rows(target), data_or_null(weight), nullptr, false, 1.0, detach, true, false, nullptr, nullptr, nullptr};
   STD_TORCH_CHECK(
       job.a.rows() == job.b.rows() && job.a.cols() == job.b.cols(), "symmetric_kl: input and target differ in shape");
   STD_TORCH_CHECK(
@@ -74,7 +76,7 @@ SymmetricKLJob make_job(const Tensor& input, const Tensor& target, const Weight&
                   weight->scalar_type() == compute_dtype(input)),
       "symmetric_kl: weight must be contiguous, one per row, in the dtype of the arithmetic");
   job.scale = normaliser(input, weight, job.a.rows(), reduction);
-  job.wait = exponentials_wait(job.a, job.b, compute_dtype(input));
+  plan_readings(job, compute_dtype(input));
   return job;
 }
 

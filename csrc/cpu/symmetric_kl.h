@@ -13,6 +13,7 @@ struct SymmetricKLJob {
   double scale;          // a further factor on all gradients
   bool detach_targets;
   bool wait;             // the exponentials of a row may wait for its second reading
+  bool ahead;            // the next row may be asked for meanwhile
   void *losses, *grad_a, *grad_b;  // each contiguous, or null: not wanted
 };
 

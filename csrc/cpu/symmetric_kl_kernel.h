@@ -228,11 +228,23 @@ struct Wanted {
   T *grad_a, *grad_b;
 };
 
+// What is read next from memory: asked for while this block is computed, so that memory is never idle. A step of 0 asks for
+// what is here already.
+struct Next {
+  const char *a, *b;
+  int64_t step_a, step_b;  // bytes to the next class
+
+  SK_INLINE void prefetch(int64_t j) const {
+    __builtin_prefetch(a + j * step_a, 0, 2);
+    __builtin_prefetch(b + j * step_b, 0, 2);
+  }
+};
+
 // The loss of a block's classes, their gradients written
 template <typename T, Way way, bool waiting>
 double finish(
     const LongRow<T>& row, const Block<T>& block, const T* a, const T* b, int64_t cols, const T* wait_a,
-    const T* wait_b, const Wanted<T>& want) {
+    const T* wait_b, const Wanted<T>& want, const Next next) {
   T inv_a = row.inv_a, inv_b = row.inv_b, ratio = row.ratio, offset = row.offset;
   if (waiting && (block.max_a != row.max_a || block.max_b != row.max_b)) {  // the maxima have moved on since
     inv_a = T(inv_a * std::exp(double(block.max_a) - row.max_a));
@@ -246,6 +258,7 @@ double finish(
   T *const grad_a = want.grad_a, *const grad_b = want.grad_b;
   Vec<T> loss{};
   for_columns<T>(0, cols, row.careful, [&](auto checked, int64_t j, int n) SK_LAMBDA {
+    next.prefetch(j);
     const Pair<T> y = load_pair<T, checked>(a, b, j, n);
     Vec<T> d = y.d - centre;
     if constexpr (checked) d = y.absent ? Vec<T>{} : d;
@@ -547,7 +560,7 @@ class LongRows {
       }
       for (int i = 0; i < count; ++i)
         if (rows_[i].counts) settle(i);
-      for (int i = 0; i < count; ++i) write(i, first + i);
+      for (int i = 0; i < count; ++i) write(i, first + i, std::min(first + i + together_, end - 1));
       if (losses)
         for (int i = 0; i < count; ++i) losses[first + i] = rows_[i].loss;
     }
@@ -633,8 +646,17 @@ class LongRows {
     conclude(row);
   }
 
+  // The block of another row that is to be read later
+  Next ahead(int64_t index, int64_t k) const {
+    const auto at = [&](const Rows& x, const void* row) {
+      return static_cast<const char*>(row) + begin(k) * x.column_stride() * x.itemsize();
+    };
+    const auto step = [&](const Rows& x) { return job_.ahead ? x.column_stride() * x.itemsize() : 0; };
+    return {at(job_.a, job_.a.row(index)), at(job_.b, job_.b.row(index)), step(job_.a), step(job_.b)};
+  }
+
   // Its loss and its gradients
-  void write(int i, int64_t index) {
+  void write(int i, int64_t index, int64_t next) {
     LongRow<T>& row = rows_[i];
     const bool apart = !row.near && std::min(row.kl_pq, row.kl_qp) >= kApart<T>;
     double loss = 0;
@@ -651,7 +673,7 @@ class LongRows {
           const bool waiting = job_.wait && block.done && (way == Way::near || !block.near);
           const auto f = waiting ? finish<T, way, true> : finish<T, way, false>;
           const T *const wait_a = this->waiting(row.wait_a, begin(k)), *const wait_b = this->waiting(row.wait_b, begin(k));
-          return f(row, block, a_[i], b_[i], cols, wait_a, wait_b, want);
+          return f(row, block, a_[i], b_[i], cols, wait_a, wait_b, want, ahead(next, k));
         };
         loss += row.near ? go(std::integral_constant<Way, Way::near>{})
                 : apart  ? go(std::integral_constant<Way, Way::apart>{})
