@@ -365,16 +365,17 @@ PROTOCOL = f"""\
   sizes. `study_plan.py` has it in one screen; `pick` is the only place where anything is chosen.
 - **Test.** What is within {MARGIN:g} point of plain on development data goes to the test set, with 10 seeds (5 at 1 000
   examples). Plain, its average and the paper's SMART go there in any case.
-- **Statistics.** Differences from plain by seed; 95 % confidence intervals and p-values of the paired t-test, corrected
-  by Holm's way over the methods of a table. A star means p < {SIGNIFICANT}.
+- **Statistics.** Differences from plain by seed, with their 95 % confidence intervals and p-values of the paired t-test.
+  The p-values are corrected by Holm's way for the methods of a table, each measure for itself; the intervals are not. A
+  star means p < {SIGNIFICANT}. With wrong labels among the training examples, those of the development set are right.
 - **Measures.** Score; calibration (NLL, ECE in 15 bins); the score where letters are dropped or swapped (5 %, 10 %) or
   words dropped (10 %), on the first {CORRUPTED} test examples; R_s reached by 20 steps of sign ascent in the l_inf ball
   around the word embeddings. Cost: passes of a whole training over those of plain's.
 """
 
 
-def document(results: Results) -> str:
-    """docs/study.md."""
+def document(results: Results, drawn: bool) -> str:
+    """docs/study.md, with its figure where there is one."""
     runs = remaining(results)
     parts = [
         "# Does SMART help? Few-shot fine-tuning, every method tuned",
@@ -386,7 +387,7 @@ def document(results: Results) -> str:
         "python benchmarks/study.py --report   # this page and its figure from the runs in study_runs.jsonl.gz\n"
         "python benchmarks/study.py --quick    # some rows again with other seeds, in minutes\n"
         "```",
-        "![accuracy over training size, and with typos](study.png)",
+        *(["![accuracy over training size, and with typos](study.png)"] if drawn else []),
         "## Protocol",
         PROTOCOL.rstrip(),
         "## On the test set",
@@ -461,8 +462,8 @@ def draw(axis: Any, xs: Sequence[float], samples: Sequence[Sequence[float]], col
 def write(results: Results, folder: Path) -> str:
     """study.md and study.png in a folder; says what was written."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "study.md").write_text(document(results), encoding="utf-8")
     drawn = figure(results)
+    (folder / "study.md").write_text(document(results, drawn is not None), encoding="utf-8")
     if drawn is None:
         return f"{folder / 'study.md'} written; no figure, for want of matplotlib or of complete rows"
     drawn.savefig(folder / "study.png", bbox_inches="tight", pad_inches=0.2, facecolor="white")

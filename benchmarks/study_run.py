@@ -13,6 +13,7 @@ import math
 import os
 import random
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -238,8 +239,8 @@ def train(run: Run, corpus: Corpus) -> tuple[dict[float, dict[str, Tensor]], Ten
             batch = corpus.batch([corpus.pool.tokens[i] for i in members])
             batch = {**batch, "input_ids": place[batch["input_ids"]], "labels": labels[members]}
             if published:
-                loss = task = smart_pytorch(model, batch, run.settings["smart_pytorch"])
-                parts = [task.detach(), task.new_zeros(()), task.new_zeros(())]
+                loss = smart_pytorch(model, batch, run.settings["smart_pytorch"])
+                parts = [loss.detach(), loss.new_zeros(()), loss.new_zeros(())]
             else:
                 out = smart(batch)
                 loss, parts = out.loss, [out.task_loss, out.smoothness, out.proximal]
@@ -405,7 +406,9 @@ def execute(run: Run) -> dict[str, Any]:
     """
     torch.set_num_threads(1)
     corpus = corpus_of(run.task)
-    weights, rows, facts = train(run, corpus)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"lambda_s \* R_s is")  # it is among what is studied
+        weights, rows, facts = train(run, corpus)
     asked = weights if run.part == "dev" else {run.average: weights[run.average]}
     begin = time.process_time()
     measured = {

@@ -263,7 +263,16 @@ def test_what_is_written(finished: dict[str, Any], tmp_path: Path, monkeypatch: 
     again = {run.key: invented(run) for of_method in runs.values() for run in of_method}
     assert "not yet" in study_report.quick_table({}, again, runs)
     results = complete({}, CELLS[:1], power=20.0)
-    text = study_report.document(results)
+    monkeypatch.setattr(study_plan, "PACKED", tmp_path / "docs" / "runs.jsonl.gz")
+    monkeypatch.setattr(study_plan, "GROWING", tmp_path / "runs.jsonl")
+    study_plan.PACKED.parent.mkdir()
+    study_plan.GROWING.write_text("".join(study_plan.line_of(key, result) for key, result in results.items()))
+    study.main(["--report"])
+    assert study_plan.read(study_plan.PACKED) == results
+    assert (tmp_path / "docs" / "study.md").read_text(encoding="utf-8") == study_report.document(
+        results, (tmp_path / "docs" / "study.png").exists()
+    )
+    text = study_report.document(results, True)
     assert "Still to run: 0 at most" in text
     (line,) = [x for x in text.splitlines() if x.startswith("- **R_s, power**") and "TREC" not in x][:1]
     assert "better: accuracy, % +2" in line
