@@ -365,7 +365,7 @@ PROTOCOL = f"""\
   sizes. `study_plan.py` has it in one screen; `pick` is the only place where anything is chosen.
 - **Test.** What is within {MARGIN:g} point of plain on development data goes to the test set, with 10 seeds (5 at 1 000
   examples). Plain, its average and the paper's SMART go there in any case.
-- **Statistics.** Differences from plain by seed, with their 95 % confidence intervals and p-values of the paired t-test.
+- **Statistics.** Differences from plain by seed, with 95 % confidence intervals and p-values of the paired t-test.
   The p-values are corrected by Holm's way for the methods of a table, each measure for itself; the intervals are not. A
   star means p < {SIGNIFICANT}. With wrong labels among the training examples, those of the development set are right.
 - **Measures.** Score; calibration (NLL, ECE in 15 bins); the score where letters are dropped or swapped (5 %, 10 %) or
