@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +41,32 @@ def work(
     """Execute runs until none is lacking, each in a process of one thread; a line is written when it is done."""
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=ignore_interrupts)
     pending: dict[Future[dict[str, Any]], Run] = {}
     with pool, progress_bar(total, "study") as report:
-        while True:
-            busy = {run.key for run in pending.values()}
-            waiting = (run for run in lacking(results) if run.key not in busy)
-            for run in _first(waiting, processes - len(pending)):
-                pending[pool.submit(execute, run)] = run
-            if not pending:
-                return
-            for done in wait(pending, return_when=FIRST_COMPLETED).done:
-                run = pending.pop(done)
-                results[run.key] = done.result()
-                study_plan.append(file, run, results[run.key])
-                score = study_report.score_of(run, results[run.key])
-                report(f"{run.task} {run.size}, {run.part}, seed {run.seed}: {score:.1f}")
+        try:
+            while True:
+                busy = {run.key for run in pending.values()}
+                waiting = (run for run in lacking(results) if run.key not in busy)
+                for run in _first(waiting, processes - len(pending)):
+                    pending[pool.submit(execute, run)] = run
+                if not pending:
+                    return
+                for done in wait(pending, return_when=FIRST_COMPLETED).done:
+                    run = pending.pop(done)
+                    results[run.key] = done.result()
+                    study_plan.append(file, run, results[run.key])
+                    score = study_report.score_of(run, results[run.key])
+                    report(f"{run.task} {run.size}, {run.part}, seed {run.seed}: {score:.1f}")
+        except KeyboardInterrupt:
+            for process in active_children():
+                process.terminate()
+            raise
+
+
+def ignore_interrupts() -> None:
+    """The keys Ctrl and C are for the process that waits for the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _first(runs: Iterator[Run], count: int) -> list[Run]:
@@ -104,4 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")

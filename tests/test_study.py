@@ -203,7 +203,7 @@ def test_all_settings_are_those_of_a_config(finished: dict[str, Any]) -> None:
 
 
 def test_runs_are_executed_until_none_is_lacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda count, **options: ThreadPoolExecutor(count))
     monkeypatch.setattr(study, "execute", invented)
     monkeypatch.setattr(study.os, "environ", {})
     results: dict[str, Any] = {}
