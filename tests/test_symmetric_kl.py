@@ -48,10 +48,12 @@ def triton_launchers() -> type[Kernel]:
         backward = staticmethod(kernels.symmetric_kl_backward)
         forward_backward = staticmethod(kernels.symmetric_kl_forward_backward)
 
-    # Every program takes the interpreter as long, so that one for many rows is fast.
+    # Every program takes the interpreter as long, and every block: one program for many rows is fast.
     choose = kernels.tiles.choose
     kernels.tiles.choose = lambda kernel, cols: (
-        kernels.tiles.Tile(32, 1 << (cols - 1).bit_length(), 1) if cols <= 8192 else choose(kernel, cols)
+        choose(kernel, cols)
+        if kernel == "symmetric_kl, held"
+        else kernels.tiles.Tile(32 if cols <= 8192 else 1, min(8192, 1 << (cols - 1).bit_length()), 1)
     )
     return Triton
 
