@@ -327,10 +327,15 @@ def quality(logits: Tensor, labels: Tensor) -> dict[str, float]:
     values, labels = logits.squeeze(-1), labels.double()
     ranks = [torch.tensor(average_ranks(x.tolist()), dtype=torch.float64) for x in (values, labels)]
     return {
-        "score": 100 * torch.corrcoef(torch.stack([values, labels]))[0, 1].item(),
-        "spearman": 100 * torch.corrcoef(torch.stack(ranks))[0, 1].item(),
+        "score": 100 * correlation(values, labels),
+        "spearman": 100 * correlation(*ranks),
         "mse": (values - labels).square().mean().item(),
     }
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson's; 0 where one of the two is constant, as the predictions of a model that learnt nothing may be."""
+    return torch.corrcoef(torch.stack([x, y]))[0, 1].nan_to_num(0.0).item()
 
 
 def calibration_error(sure: Tensor, right: Tensor) -> float:

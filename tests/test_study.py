@@ -90,7 +90,7 @@ def test_the_runs_of_the_repository_are_runs_of_the_plan() -> None:
         run = Run(**json.loads(key))
         assert run.key == key
         assert run.seed in (study_plan.TUNING_SEEDS if run.part == "dev" else range(study_plan.SEEDS[run.size]))
-        assert all(0 <= one["score"] <= 100 for one in result["measured"].values())
+        assert all(-100 <= one["score"] <= 100 for one in result["measured"].values())
 
 
 # ------------------------------------------------------------------------------------------- the plan and the choice
@@ -322,6 +322,7 @@ def test_measures_by_hand() -> None:
     assert found["score"] == pytest.approx(100 * stats.pearsonr(values[:, 0], labels).statistic)
     assert found["spearman"] == pytest.approx(100 * stats.spearmanr(values[:, 0], labels).statistic)
     assert found["mse"] == pytest.approx(2.25 / 4 + 1 / 4)
+    assert study_run.quality(torch.ones(4, 1), labels)["score"] == 0
 
 
 @pytest.fixture
