@@ -18,6 +18,7 @@ from smart_kernels.smart.adversary import Deltas, find_perturbation
 from smart_kernels.smart.check import check_connected, check_moves, check_zero
 from smart_kernels.smart.config import AT_CLEAN, SmartConfig
 from smart_kernels.smart.divergence import Divergence, choose_divergence
+from smart_kernels.smart.effect import Effect
 from smart_kernels.smart.embedding import EmbeddingCall, find_embedding, warn_if_unresolved
 from smart_kernels.smart.gradients import like, without_autocast
 from smart_kernels.smart.parallel import bare, check_supported, rank
@@ -160,6 +161,7 @@ class Smart:
         # Something added to the seed, lest the noise repeat what initialised the weights, or another process's.
         self.generator = torch.Generator(device).manual_seed((torch.initial_seed() + 0x9E3779B9 * (1 + rank())) % 2**63)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._effect = Effect(config, num_training_steps, device)
 
     def __call__(
         self,
@@ -272,6 +274,7 @@ class Smart:
         self.steps += 1
         perturbation = _public(detached(step.deltas)) if step.deltas else None
         terms = step.task_loss, step.smoothness, step.proximal
+        self._effect.add(step.smoothness, step.task_loss)
         return SmartOutput(step.whole, *terms, _public(step.logits), perturbation)
 
     def check(self, batch: Any) -> dict[str, float]:
@@ -410,6 +413,15 @@ class Smart:
                 decay = self.config.decay if outer <= self._switch else self.config.decay_late
             self.teacher.update(decay)
         self._updates += 1
+        self._effect.count_update()
+
+    def end_epoch(self) -> None:
+        """Say, by one warning after the first epoch, if the smoothness term does nothing, and which radius would do.
+
+        That is where lambda_s * R_s is below 1e-4 of the task loss on average. After a third of `num_training_steps`
+        it is said without this call.
+        """
+        self._effect.tell()
 
     def state_dict(self) -> dict[str, Any]:
         """What an interrupted training needs to go on: the teacher, the count of updates, the generator's state."""
