@@ -211,8 +211,9 @@ KINDS = {f.__name__: f for f in (symmetric_kl, kl, reverse_kl, js, hellinger, to
 def centred(kind: int, p: Tensor, slope: Tensor, mean: Tensor, other_mean: Tensor, loss: Tensor) -> Tensor:
     """p (f' - sum p f') of a side, given the sums of both sides."""
     if list(KINDS)[kind] == "total_variation":
-        # f' is 0 or -1. Where nearly all p share one sign, f' - sum p f' would cancel; but 1 + sum p f' is this.
-        return slope * (loss - other_mean) - (p + slope) * mean
+        # f' is 0, -1 or, where p = q, -1/2. For nearly all p of one sign f' - sum p f' would cancel, but 1 + sum p f' is:
+        other = loss - other_mean
+        return -p * torch.where(slope == 0, mean, torch.where(slope == -p, other, 0.5 * (mean + other)))
     return slope - p * mean
 
 

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 from gpu_code import TARGETS, ahead_of_time
-from smart_kernels.triton_kernels import symmetric_kl
+from smart_kernels.triton_kernels import divergence
 
 Launch = tuple[Callable[..., Any], tuple[Any, ...]]
 MEAN, BATCHMEAN = 2, 3
@@ -22,17 +22,17 @@ MEAN, BATCHMEAN = 2, 3
 
 def loss_and_gradients(cols: int, dtype: torch.dtype) -> Launch:
     a, b = torch.empty(2, 256, cols, dtype=dtype)
-    return symmetric_kl.symmetric_kl_forward_backward, (a, b, None, BATCHMEAN, False, True, True)
+    return divergence.divergence_forward_backward, (a, b, None, BATCHMEAN, False, True, True)
 
 
 def loss_alone(cols: int, dtype: torch.dtype) -> Launch:
     a, b = torch.empty(2, 256, cols, dtype=dtype)
-    return symmetric_kl.symmetric_kl, (a, b, None, BATCHMEAN, False)
+    return divergence.divergence, (a, b, None, BATCHMEAN, False)
 
 
 def gradient_of_one_side(cols: int, dtype: torch.dtype) -> Launch:
     a, b = torch.empty(2, 256, cols, dtype=dtype)
-    return symmetric_kl.symmetric_kl_grad, (a, b, None, BATCHMEAN, False)
+    return divergence.divergence_grad, (a, b, None, BATCHMEAN, False)
 
 
 NARROW = (torch.float32, torch.bfloat16)
@@ -65,7 +65,7 @@ def test_no_spills_and_accesses_as_wide_as_rows_are_aligned(
 @pytest.mark.parametrize("dtype", NARROW)
 def test_few_long_rows_are_split_without_spills(target: str, dtype: torch.dtype) -> None:
     a, b = torch.empty(2, 64, 131072, dtype=dtype)
-    codes = ahead_of_time(target, symmetric_kl.symmetric_kl_forward_backward, a, b, None, BATCHMEAN, False, True, True)
+    codes = ahead_of_time(target, divergence.divergence_forward_backward, a, b, None, BATCHMEAN, False, True, True)
     assert [code.programs for code in codes] == [256, 256]
     for code in codes:
         assert code.spills == code.scratch == 0

@@ -164,6 +164,7 @@ def test_accuracy_of_mixed_dtypes(kl: type[Kernel], a: torch.dtype, b: torch.dty
 def test_accuracy_of_awkward_rows(kl: type[Kernel], dtype: torch.dtype, cols: int) -> None:
     a, b = awkward(cols, dtype)
     check(kl, a, b)
+    check(kl, b, a)
 
 
 @pytest.mark.parametrize("cols", [3, 5000])

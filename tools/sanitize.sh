@@ -13,7 +13,7 @@ python=$(command -v "${PYTHON:-python}")
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-tests=("$PWD"/tests/test_{symmetric_kl,perturbation,ema,blocks}.py)
+tests=("$PWD"/tests/test_{divergence,perturbation,ema,blocks}.py)
 runtime() { "${CXX:-c++}" -print-file-name="lib$1"; }
 
 case $kind in

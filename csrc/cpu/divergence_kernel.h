@@ -1,18 +1,21 @@
-// Symmetric KL of rows of logits a, b with p = softmax(a), q = softmax(b), t = log(p / q):
+// Divergences of rows of logits a, b with p = softmax(a / T), q = softmax(b / T), t = log(p / q); for the symmetric KL
 //
-//   loss = sum (p - q) t,   d loss/da = p (t - KL(p||q)) + (p - q),   d loss/db = -q (t + KL(q||p)) - (p - q)
+//   loss = sum (p - q) t,   d loss/da = p (t - KL(p||q)) + (p - q),   d loss/db = -q (t + KL(q||p)) - (p - q),
 //
-// without a difference of log-softmaxes: d = a - b is centred on the value it has where b is largest,
+// and for any other kind what kinds.h says. No log-softmaxes are subtracted: d = (a - b) / T is centred on the value it
+// has where b is largest,
 //
-//   s = log1p(sum q expm1(d)) = logsumexp(a) - logsumexp(b),   t = d - s,   p - q = q expm1(t).
+//   s = log1p(sum q expm1(d)) = logsumexp(a / T) - logsumexp(b / T),   t = d - s,   p - q = q expm1(t).
 //
 // A row is "near" where all |d| <= 1/2: there everything follows from q and expm1(d). Elsewhere both softmaxes are
 // taken, s is the logarithm of their sums' ratio, and p - q is their plain difference where |t| > 1/2.
-// The loss is summed as (p - q) t: each term >= 0, so nothing cancels.
+// The loss is a sum of terms >= 0, so nothing cancels.
 //
 // Long rows are read twice, block by block: once for the sums, where each block is looked at before (it lies in the
-// first cache by then), once for the gradients. Rows of up to kMaxTransposed classes are turned so that each lane holds
-// a row of its own.
+// first cache by then), once for the gradients; in between once more for kinds whose gradients need further sums. Rows
+// of up to kMaxTransposed classes are turned so that each lane holds a row of its own.
+
+#include "cpu/kinds.h"
 
 namespace smart_kernels::SK_ISA {
 
@@ -113,6 +116,7 @@ template <typename T>
 struct LongRow {
   const void *a, *b;   // where it lies
   T scale;             // of its gradients
+  double inverse;      // 1 / temperature
   T *wait_a, *wait_b;  // where its exponentials wait, if they may
   Block<T>* blocks;
   bool counts;         // still: there is something to find out
@@ -128,7 +132,23 @@ struct LongRow {
   T kl_pq = 0, kl_qp = 0;
 
   T centre() const { return max_a - max_b; }
+  bool within(T low, T high, T centre) const { return double(std::max(high - centre, centre - low)) * inverse <= kNear<T>; }
 };
+
+// With `scaled`, x / T; without, the temperature is 1.
+template <bool scaled, typename T, typename V>
+SK_INLINE V tempered(const LongRow<T>& row, V x) {
+  if constexpr (scaled) return x * T(row.inverse);
+  else return x;
+}
+
+// An absent class has no difference. One that is masked on one side alone has as large a one as there is.
+template <typename T, bool checked>
+SK_INLINE Vec<T> difference(const Pair<T>& x, Vec<T> d) {
+  if constexpr (!checked) return d;
+  const Vec<T> most = set1(std::numeric_limits<T>::max());
+  return x.absent ? Vec<T>{} : vmin(vmax(d, -most), most);
+}
 
 // The row's maxima, and with them the centre of d, move on to those of its next block; the sums follow.
 template <typename T>
@@ -136,16 +156,24 @@ void advance(LongRow<T>& row, const Survey<T>& at, Block<T>& block) {
   const T max_a = std::max(row.max_a, at.max_a), max_b = std::max(row.max_b, at.max_b), centre = max_a - max_b;
   row.low = std::min(row.low, at.low);
   row.high = std::max(row.high, at.high);
+  block = {max_a, max_b, row.within(at.low, at.high, centre), true};
   Sums& of = row.sums;
-  if ((max_a != row.max_a || max_b != row.max_b) && of.w > 0) {
-    const double shift = double(centre) - row.centre(), w = std::exp(double(row.max_b) - max_b);
+  const bool moves = (max_a != row.max_a || max_b != row.max_b) && of.w > 0;
+  const double shift = moves ? (double(centre) - row.centre()) * row.inverse : 0;
+  if (row.near && (!block.near || std::abs(shift) > 2 * kNear<T>)) {
+    row.near = false;
+    of.x += of.w;
+    of.xd += of.wd;
+  }
+  if (moves) {
+    const double w = std::exp((double(row.max_b) - max_b) * row.inverse);
     const double wd = of.wd - shift * of.w, xd = of.xd - shift * of.x;
     if (row.near) {  // w (exp(d - shift) - 1) = exp(-shift) x + expm1(-shift) w
       const double less = std::expm1(-shift);
       of.x = w * ((1 + less) * of.x + less * of.w);
       of.xd = w * ((1 + less) * xd + less * wd);
     } else {
-      const double v = std::exp(double(row.max_a) - max_a);
+      const double v = std::exp((double(row.max_a) - max_a) * row.inverse);
       of.x *= v;
       of.xd = v * xd;
     }
@@ -154,17 +182,11 @@ void advance(LongRow<T>& row, const Survey<T>& at, Block<T>& block) {
   }
   row.max_a = max_a;
   row.max_b = max_b;
-  block = {max_a, max_b, std::max(at.high - centre, centre - at.low) <= kNear<T>, true};
-  if (row.near && !block.near) {
-    row.near = false;
-    of.x += of.w;
-    of.xd += of.wd;
-  }
 }
 
 // The sums over some classes of a block. What waits is w, and v or expm1(d). The next block, `ahead`, is asked for
 // meanwhile: to look at it takes no longer than to fetch it.
-template <typename T, bool near, bool wait>
+template <typename T, bool near, bool wait, bool scaled>
 void gather(LongRow<T>& row, const T* a, const T* b, int64_t cols, int64_t ahead, T* wait_a, T* wait_b) {
   const T max_a = row.max_a, max_b = row.max_b, centre = row.centre();
   Vec<T> vw{}, vwd{}, vx{}, vxd{};
@@ -172,10 +194,9 @@ void gather(LongRow<T>& row, const T* a, const T* b, int64_t cols, int64_t ahead
     __builtin_prefetch(a + j + ahead);
     __builtin_prefetch(b + j + ahead);
     const Pair<T> y = load_pair<T, checked>(a, b, j, n);
-    Vec<T> d = y.d - centre;
-    if constexpr (checked) d = y.absent ? Vec<T>{} : d;
-    const Vec<T> w = exp_nonpositive<T>(y.b - max_b);
-    Vec<T> x = near ? expm1_small<T>(d) : exp_nonpositive<T>(y.a - max_a);
+    const Vec<T> d = difference<T, checked>(y, tempered<scaled>(row, y.d - centre));
+    const Vec<T> w = exp_nonpositive<T>(tempered<scaled>(row, y.b - max_b));
+    Vec<T> x = near ? expm1_small<T>(d) : exp_nonpositive<T>(tempered<scaled>(row, y.a - max_a));
     if constexpr (wait) put(wait_b + j, w, n), put(wait_a + j, x, n);
     if constexpr (near) x = w * x;
     vw += w;
@@ -209,7 +230,7 @@ void conclude(LongRow<T>& row) {
     s = std::log(of.x * inv_w);
     p_d = of.xd * inv_v;
   }
-  row.near = row.near && std::max(row.high - row.centre(), row.centre() - row.low) <= kNear<T>;
+  row.near = row.near && row.within(row.low, row.high, row.centre());
   row.inv_a = T(inv_v);
   row.inv_b = T(inv_w);
   row.s = T(s);
@@ -228,61 +249,126 @@ struct Wanted {
   T *grad_a, *grad_b;
 };
 
+// A row's classes, once all of its sums are known, as they are read in a block
+template <typename T, Way way, bool waiting, bool scaled>
+class Reader {
+ public:
+  Reader(const LongRow<T>& row, const Block<T>& block, const T* a, const T* b, const T* wait_a, const T* wait_b)
+      : row_(row), a_(a), b_(b), wait_a_(wait_a), wait_b_(wait_b), max_a_(row.max_a), max_b_(row.max_b),
+        centre_(row.centre()), s_(row.s), inv_a_(row.inv_a), inv_b_(row.inv_b), ratio_(row.ratio), offset_(row.offset) {
+    if (!waiting || (block.max_a == max_a_ && block.max_b == max_b_)) return;
+    // the maxima have moved on since
+    inv_a_ = T(inv_a_ * std::exp((double(block.max_a) - max_a_) * row.inverse));
+    inv_b_ = T(inv_b_ * std::exp((double(block.max_b) - max_b_) * row.inverse));
+    const double shift = ((double(max_a_) - max_b_) - T(block.max_a - block.max_b)) * row.inverse;
+    offset_ = T(offset_ + ratio_ * std::expm1(-shift));
+    ratio_ = T(ratio_ * std::exp(-shift));
+  }
+
+  template <bool checked>
+  SK_INLINE Classes<T> read(int64_t j, int n) const {
+    const Pair<T> y = load_pair<T, checked>(a_, b_, j, n);
+    const Vec<T> d = difference<T, checked>(y, tempered<scaled>(row_, y.d - centre_));
+    const Vec<T> t = d - s_;
+    Vec<T> p, q, x;  // rounded: the same bits whichever gradients are wanted
+    if constexpr (waiting) q = load_n(wait_b_ + j, n, T(0));
+    else q = exp_nonpositive<T>(tempered<scaled>(row_, y.b - max_b_));
+    q = rounded(q * inv_b_);
+    if constexpr (way == Way::near) {
+      Vec<T> e;
+      if constexpr (waiting) e = load_n(wait_a_ + j, n, T(0));
+      else e = expm1_small<T>(d);
+      x = q * (e * ratio_ + offset_);  // q expm1(d - s)
+      p = q + x;
+    } else {
+      if constexpr (waiting) p = load_n(wait_a_ + j, n, T(0));
+      else p = exp_nonpositive<T>(tempered<scaled>(row_, y.a - max_a_));
+      p = rounded(p * inv_a_);
+      x = p - q;
+      if constexpr (way == Way::far) x = vabs<T>(t) <= kNear<T> ? q * expm1_small<T>(t) : x;
+    }
+    return {p, q, x, t};
+  }
+
+ private:
+  const LongRow<T>& row_;
+  const T *a_, *b_, *wait_a_, *wait_b_;
+  T max_a_, max_b_, centre_, s_, inv_a_, inv_b_, ratio_, offset_;
+};
+
 // The loss of a block's classes, their gradients written
-template <typename T, Way way, bool waiting>
+template <typename T, Way way, bool waiting, bool scaled>
 double finish(
     const LongRow<T>& row, const Block<T>& block, const T* a, const T* b, int64_t cols, const T* wait_a,
     const T* wait_b, const Wanted<T>& want) {
-  T inv_a = row.inv_a, inv_b = row.inv_b, ratio = row.ratio, offset = row.offset;
-  if (waiting && (block.max_a != row.max_a || block.max_b != row.max_b)) {  // the maxima have moved on since
-    inv_a = T(inv_a * std::exp(double(block.max_a) - row.max_a));
-    inv_b = T(inv_b * std::exp(double(block.max_b) - row.max_b));
-    const double shift = (double(row.max_a) - row.max_b) - T(block.max_a - block.max_b);
-    offset = T(offset + ratio * std::expm1(-shift));
-    ratio = T(ratio * std::exp(-shift));
-  }
-  const T max_a = row.max_a, max_b = row.max_b, centre = row.centre(), s = row.s;
+  const Reader<T, way, waiting, scaled> classes(row, block, a, b, wait_a, wait_b);
   const T scale = row.scale, own = want.detach ? T(0) : scale, own_pq = own * row.kl_pq, own_qp = own * row.kl_qp;
   T *const grad_a = want.grad_a, *const grad_b = want.grad_b;
   Vec<T> loss{};
   for_columns<T>(0, cols, row.careful, [&](auto checked, int64_t j, int n) SK_LAMBDA {
-    const Pair<T> y = load_pair<T, checked>(a, b, j, n);
-    Vec<T> d = y.d - centre;
-    if constexpr (checked) d = y.absent ? Vec<T>{} : d;
-    const Vec<T> t = d - s;
-    Vec<T> p, q, difference;  // rounded: the same bits whichever gradients are wanted
-    if constexpr (waiting) q = load_n(wait_b + j, n, T(0));
-    else q = exp_nonpositive<T>(y.b - max_b);
-    q = rounded(q * inv_b);
-    if constexpr (way == Way::near) {
-      Vec<T> e;
-      if constexpr (waiting) e = load_n(wait_a + j, n, T(0));
-      else e = expm1_small<T>(d);
-      difference = q * (e * ratio + offset);  // q expm1(d - s)
-      p = q + difference;
-    } else {
-      if constexpr (waiting) p = load_n(wait_a + j, n, T(0));
-      else p = exp_nonpositive<T>(y.a - max_a);
-      p = rounded(p * inv_a);
-      difference = p - q;
-      if constexpr (way == Way::far) difference = vabs<T>(t) <= kNear<T> ? q * expm1_small<T>(t) : difference;
-    }
-    loss += difference * t;
-    const Vec<T> scaled = rounded(difference * scale);
-    if (grad_a) put(grad_a + j, p * (t * own - own_pq) + scaled, n);
-    if (grad_b) put(grad_b + j, q * (t * -own - own_qp) - scaled, n);
+    const Classes<T> of = classes.template read<checked>(j, n);
+    loss += of.x * of.t;
+    const Vec<T> scaled_x = rounded(of.x * scale);
+    if (grad_a) put(grad_a + j, of.p * (of.t * own - own_pq) + scaled_x, n);
+    if (grad_b) put(grad_b + j, of.q * (of.t * -own - own_qp) - scaled_x, n);
   });
   return reduce_add<T>(loss);
+}
+
+// The same for any other kind: what a block adds to the totals of its row, or with these its gradients
+template <typename T, Kind kind, Way way, bool waiting, bool sums, bool gradients>
+void finish_kind(
+    const LongRow<T>& row, const Block<T>& block, const T* a, const T* b, int64_t cols, const T* wait_a,
+    const T* wait_b, const Wanted<T>& want, T beta, Totals& totals) {
+  const Reader<T, way, waiting, true> classes(row, block, a, b, wait_a, wait_b);
+  const T scale = row.scale, loss = T(totals.loss), mean_a = T(totals.mean_a), mean_b = T(totals.mean_b);
+  T *const grad_a = want.grad_a, *const grad_b = want.grad_b;
+  Vec<T> term{}, slope_a{}, slope_b{};
+  for_columns<T>(0, cols, row.careful, [&](auto checked, int64_t j, int n) SK_LAMBDA {
+    const Classes<T> of = classes.template read<checked>(j, n);
+    Parts<T> part = parts<kind, T>(of, beta);
+    if constexpr (sums) {
+      term += rounded(part.term);
+      if constexpr (!gradients) slope_a += rounded(part.slope_a), slope_b += rounded(part.slope_b);
+    }
+    if constexpr (gradients) {
+      if (grad_a) put(grad_a + j, scale * centred<kind, T>(of.p, part.slope_a, mean_a, mean_b, loss), n);
+      if (grad_b) put(grad_b + j, scale * centred<kind, T>(of.q, part.slope_b, mean_b, mean_a, loss), n);
+    }
+  });
+  if constexpr (sums) totals.loss += reduce_add<T>(term);
+  if constexpr (sums && !gradients) totals.mean_a += reduce_add<T>(slope_a), totals.mean_b += reduce_add<T>(slope_b);
+}
+
+// f(kind, scaled) of a job, both known when compiled: the symmetric KL alone has a version of its own for a temperature of 1.
+template <typename F>
+SK_INLINE auto with_kind(const DivergenceJob& job, F&& f) {
+  const auto any = [&]<Kind kind>(std::integral_constant<Kind, kind> it) SK_LAMBDA { return f(it, std::true_type{}); };
+  switch (job.kind) {
+    case Kind::kl: return any(std::integral_constant<Kind, Kind::kl>{});
+    case Kind::reverse_kl: return any(std::integral_constant<Kind, Kind::reverse_kl>{});
+    case Kind::js: return any(std::integral_constant<Kind, Kind::js>{});
+    case Kind::hellinger: return any(std::integral_constant<Kind, Kind::hellinger>{});
+    case Kind::total_variation: return any(std::integral_constant<Kind, Kind::total_variation>{});
+    default: break;
+  }
+  const std::integral_constant<Kind, Kind::symmetric_kl> symmetric{};
+  return job.inverse == 1 ? f(symmetric, std::false_type{}) : f(symmetric, std::true_type{});
 }
 
 // kLanes rows at once, turned: vector j holds class j of each, with room for a tile that is not full.
 template <typename T>
 class ShortRows {
  public:
+  explicit ShortRows(const DivergenceJob& job)
+      : symmetric_(job.kind == Kind::symmetric_kl), beta_(T(job.beta)), inverse_(T(job.inverse)),
+        greatest_(T(job.greatest)) {}
+
   Vec<T> a[kMaxTransposed + kLanes<T>], b[kMaxTransposed + kLanes<T>];  // logits, then p and q
   Vec<T> loss;
   Mask<T> undefined, infinite;
 
+  template <Kind kind, bool scaled>
   void run(int cols) {
     Vec<T> max_a = set1(-kInf<T>), max_b = max_a, low = set1(kInf<T>), high = max_a, odd{};
     for (int j = 0; j < cols; ++j) {
@@ -300,20 +386,25 @@ class ShortRows {
       undefined = (max_a == -kInf<T>) | (max_b == -kInf<T>);
       low = high = centre;
       for (int j = 0; j < cols; ++j) {
+        const Mask<T> no_a = a[j] == -kInf<T>, no_b = b[j] == -kInf<T>;
         undefined |= ~(a[j] < kInf<T>) | ~(b[j] < kInf<T>);
-        infinite |= (a[j] == -kInf<T>) ^ (b[j] == -kInf<T>);
-        t_[j] = (a[j] == -kInf<T>) & (b[j] == -kInf<T>) ? centre : t_[j];
+        if (infinite_without_p(kind)) infinite |= no_a & ~no_b;
+        if (infinite_without_q(kind)) infinite |= no_b & ~no_a;
+        const Vec<T> most = set1(std::numeric_limits<T>::max());
+        t_[j] = no_a & no_b ? centre : vmin(vmax(t_[j], -most), most);
         low = vmin(t_[j], low);
         high = vmax(t_[j], high);
       }
     }
-    const Mask<T> near = vmax(high - centre, centre - low) <= kNear<T>;
-    if (!any<T>(~near)) sum<true, false>(max_a, max_b, near, cols);
-    else if (!any<T>(near)) sum<false, true>(max_a, max_b, near, cols);
-    else sum<true, true>(max_a, max_b, near, cols);
+    const Mask<T> near = vmax(high - centre, centre - low) * inverse_ <= kNear<T>;
+    if (!any<T>(~near)) sum<kind, scaled, true, false>(max_a, max_b, near, cols);
+    else if (!any<T>(near)) sum<kind, scaled, false, true>(max_a, max_b, near, cols);
+    else sum<kind, scaled, true, true>(max_a, max_b, near, cols);
   }
 
-  // f(j) of the gradient of either side, each times `scale`, and `own` times that where it is not p - q
+  bool symmetric() const { return symmetric_; }
+
+  // f(j) of the symmetric KL's gradient of either side, each times `scale`, and `own` times that where it is not p - q
   SK_INLINE auto grad_a(Vec<T> scale, Vec<T> own) const {
     return [=, this, constant = own * kl_pq_](int j)
                SK_LAMBDA { return a[j] * (t_[j] * own - constant) + rounded(x_[j] * scale); };
@@ -323,14 +414,28 @@ class ShortRows {
                SK_LAMBDA { return b[j] * (t_[j] * -own - constant) - rounded(x_[j] * scale); };
   }
 
+  // f(j) of any other kind's
+  SK_INLINE auto grad_a(Vec<T> scale) const {
+    return [=, this](int j) SK_LAMBDA { return x_[j] * scale; };
+  }
+  SK_INLINE auto grad_b(Vec<T> scale) const {
+    return [=, this](int j) SK_LAMBDA { return t_[j] * scale; };
+  }
+
  private:
+  template <bool scaled>
+  SK_INLINE Vec<T> tempered(Vec<T> x) const {
+    if constexpr (scaled) return x * inverse_;
+    else return x;
+  }
+
   // All rows near, all far, or both ways for both kinds: the bits of a row must not depend on the rows beside it.
-  template <bool some_near, bool some_far>
+  template <Kind kind, bool scaled, bool some_near, bool some_far>
   __attribute__((noinline)) void sum(Vec<T> max_a, Vec<T> max_b, Mask<T> near, int cols) {
     const Vec<T> centre = max_a - max_b;
     Vec<T> sum_a{}, sum_b{}, p_d{}, q_d{}, drift{};
     for (int j = 0; j < cols; ++j) {
-      const Vec<T> w = exp_nonpositive<T>(b[j] - max_b), d = t_[j] - centre;
+      const Vec<T> w = exp_nonpositive<T>(tempered<scaled>(b[j] - max_b)), d = tempered<scaled>(t_[j] - centre);
       sum_b += w;
       if constexpr (some_near) {
         const Vec<T> e = expm1_small<T>(d);
@@ -338,7 +443,7 @@ class ShortRows {
         x_[j] = e;
       }
       if constexpr (some_far) {
-        const Vec<T> v = exp_nonpositive<T>(a[j] - max_a);
+        const Vec<T> v = exp_nonpositive<T>(tempered<scaled>(a[j] - max_a));
         sum_a += v;
         p_d += v * d;
         q_d += w * d;
@@ -366,8 +471,7 @@ class ShortRows {
         if constexpr (some_near) {
           x = q * (x_[j] * ratio + offset);  // q expm1(d - s)
           p = q + x;
-          kl_pq += p * t;
-          kl_qp -= q * t;
+          if constexpr (kind == Kind::symmetric_kl) kl_pq += p * t, kl_qp -= q * t;
         }
         if constexpr (some_far) {
           const Vec<T> far_p = rounded(a[j] * inv_a);
@@ -376,25 +480,42 @@ class ShortRows {
           x = near ? x : far_x;
           p = near ? p : far_p;
         }
-        loss += x * t;
-        t_[j] = t;
-        x_[j] = x;
+        if constexpr (kind == Kind::symmetric_kl) {
+          loss += x * t;
+          t_[j] = t;
+          x_[j] = x;
+        } else {
+          const Parts<T> part = parts<kind, T>({p, q, x, t}, beta_);
+          loss += rounded(part.term);
+          kl_pq += x_[j] = rounded(part.slope_a);
+          kl_qp += t_[j] = rounded(part.slope_b);
+        }
         a[j] = p;
         b[j] = q;
       }
     };
-    if (some_far && all_apart) finish(std::false_type{});
+    if (kind == Kind::symmetric_kl && some_far && all_apart) finish(std::false_type{});
     else finish(std::true_type{});
-    if constexpr (some_far) {
+    if constexpr (kind == Kind::symmetric_kl && some_far) {
       kl_pq = near ? kl_pq : far_pq;
       kl_qp = near ? kl_qp : far_qp;
     }
     this->loss = loss;
     kl_pq_ = kl_pq;
     kl_qp_ = kl_qp;
+    if constexpr (kind != Kind::symmetric_kl) {  // these are sums of slopes
+      for (int j = 0; j < cols; ++j) {
+        x_[j] = centred<kind, T>(a[j], x_[j], kl_pq, kl_qp, loss);
+        t_[j] = centred<kind, T>(b[j], t_[j], kl_qp, kl_pq, loss);
+      }
+      this->loss = vmin(vmax(loss, Vec<T>{}), set1(greatest_));
+    }
   }
 
-  Vec<T> t_[kMaxTransposed], x_[kMaxTransposed];  // a - b, d, t = log(p / q) by turns; p - q
+  const bool symmetric_;
+  const T beta_, inverse_, greatest_;
+  // a - b, d, t = log(p / q) by turns; p - q. Of other kinds the gradient of b; that of a.
+  Vec<T> t_[kMaxTransposed], x_[kMaxTransposed];
   Vec<T> kl_pq_, kl_qp_;
 };
 
@@ -522,7 +643,7 @@ struct Gradient {
 template <typename T>
 class LongRows {
  public:
-  explicit LongRows(const SymmetricKLJob& job)
+  explicit LongRows(const DivergenceJob& job)
       : job_(job),
         cols_(job.a.cols()),
         together_(int(std::clamp<int64_t>(kTogether / cols_, 1, kMaxTogether))),
@@ -531,7 +652,10 @@ class LongRows {
         grad_b_{static_cast<char*>(job.grad_b), job.b.dtype()},
         side_(std::min(cols_, kBlock<T>)),
         room_(new T[2 * (together_ + 1) * side_ + (waits_apart() ? 2 * together_ * cols_ : 0)]),
-        done_(new Block<T>[together_ * blocks_]) {}
+        done_(new Block<T>[together_ * blocks_]) {
+    sum_ = job.inverse == 1 ? &LongRows::template sum<false> : &LongRows::template sum<true>;
+    write_ = with_kind(job, [&](auto kind, auto scaled) { return &LongRows::template write<kind, scaled>; });
+  }
 
   void run(int64_t begin, int64_t end) {
     T* const losses = static_cast<T*>(job_.losses);
@@ -543,11 +667,11 @@ class LongRows {
         for (int i = 0; i < count; ++i)
           if (rows_[i].counts) at[i] = look(i, k);
         for (int i = 0; i < count; ++i)
-          if (rows_[i].counts) sum(i, k, at[i]);
+          if (rows_[i].counts) (this->*sum_)(i, k, at[i]);
       }
       for (int i = 0; i < count; ++i)
         if (rows_[i].counts) settle(i);
-      for (int i = 0; i < count; ++i) write(i, first + i);
+      for (int i = 0; i < count; ++i) (this->*write_)(i, first + i);
       if (losses)
         for (int i = 0; i < count; ++i) losses[first + i] = rows_[i].loss;
     }
@@ -569,7 +693,7 @@ class LongRows {
     const T factor = weight ? weight[index] : T(1);
     const T scale = upstream ? upstream[job_.upstream_rows ? index : 0] : T(1);
     LongRow<T>& row = rows_[i];
-    row = {job_.a.row(index), job_.b.row(index), T(job_.scale) * scale * factor};
+    row = {job_.a.row(index), job_.b.row(index), T(job_.scale * job_.inverse) * scale * factor, job_.inverse};
     if (job_.wait) {
       const int64_t each = waits_apart() ? cols_ : 0;
       T* const wait = room_.get() + (waits_apart() ? 2 * (together_ + 1) * side_ + 2 * i * cols_ : 0);
@@ -584,6 +708,7 @@ class LongRows {
     return survey(a_[i] = a(i, k), b_[i] = b(i, k), size(k), rows_[i].careful);
   }
 
+  template <bool scaled>
   void sum(int i, int64_t k, const Survey<T>& at) {
     LongRow<T>& row = rows_[i];
     Block<T>& block = row.blocks[k];
@@ -597,7 +722,7 @@ class LongRows {
     for (int64_t j = 0; j < cols; j += step) {
       T *const wait_a = waiting(row.wait_a, begin(k) + j), *const wait_b = waiting(row.wait_b, begin(k) + j);
       const auto each = [&](auto near, auto wait) SK_LAMBDA {
-        gather<T, near, wait>(
+        gather<T, near, wait, scaled>(
             row, a_[i] + j, b_[i] + j, std::min(step, cols - j), ahead, wait_a, wait_b);
       };
       const auto one = [&](auto near) SK_LAMBDA { job_.wait ? each(near, std::true_type{}) : each(near, std::false_type{}); };
@@ -610,34 +735,74 @@ class LongRows {
     LongRow<T>& row = rows_[i];
     const Sums& of = row.sums;
     if (!((of.w + of.wd + of.x + of.xd) * 0 == 0)) {
-      bool undefined = false, one_sided = false, any_a = false, any_b = false;
+      bool undefined = false, infinite = false, any_a = false, any_b = false;
       for (int64_t k = 0; k < blocks_; ++k) {
         const T *const a = this->a(i, k), *const b = this->b(i, k);
         for (int64_t j = 0; j < size(k); ++j) {
           undefined |= !(a[j] < kInf<T>) || !(b[j] < kInf<T>);
           any_a |= a[j] != -kInf<T>;
           any_b |= b[j] != -kInf<T>;
-          one_sided |= (a[j] == -kInf<T>) != (b[j] == -kInf<T>);
+          infinite |= infinite_without_p(job_.kind) && a[j] == -kInf<T> && b[j] != -kInf<T>;
+          infinite |= infinite_without_q(job_.kind) && b[j] == -kInf<T> && a[j] != -kInf<T>;
         }
       }
       undefined |= !any_a || !any_b;
-      if (undefined || one_sided) {
+      if (undefined || infinite) {
         row.counts = false;
         row.loss = undefined ? kNan<T> : kInf<T>;
         return;
       }
-      LongRow<T> again{row.a, row.b, row.scale, row.wait_a, row.wait_b, row.blocks, true, true};
+      LongRow<T> again{row.a, row.b, row.scale, row.inverse, row.wait_a, row.wait_b, row.blocks, true, true};
       row = again;
-      for (int64_t k = 0; k < blocks_; ++k) sum(i, k, look(i, k));
+      for (int64_t k = 0; k < blocks_; ++k) (this->*sum_)(i, k, look(i, k));
     }
     conclude(row);
   }
 
+  // f(way, waiting, wait_a, wait_b) of a block whose logits are at hand, its exponentials too if they wait
+  template <Kind kind, typename F>
+  SK_INLINE void in_its_way(int i, int64_t k, bool apart, F&& f) {
+    const LongRow<T>& row = rows_[i];
+    const Block<T>& block = row.blocks[k];
+    const T *const wait_a = waiting(row.wait_a, begin(k)), *const wait_b = waiting(row.wait_b, begin(k));
+    const auto go = [&]<Way way>(std::integral_constant<Way, way> its_way) SK_LAMBDA {
+      const bool waits = job_.wait && block.done && (way == Way::near || !block.near);
+      if (waits) f(its_way, std::true_type{}, wait_a, wait_b);
+      else f(its_way, std::false_type{}, wait_a, wait_b);
+    };
+    if (row.near) return go(std::integral_constant<Way, Way::near>{});
+    if constexpr (kind == Kind::symmetric_kl)
+      if (apart) return go(std::integral_constant<Way, Way::apart>{});
+    go(std::integral_constant<Way, Way::far>{});
+  }
+
+  // Adds up what its gradients are centred by, or tells it
+  template <Kind kind>
+  Totals sum_kind(int i) {
+    LongRow<T>& row = rows_[i];
+    Totals totals = sums_of<kind>(row.kl_pq, row.kl_qp);
+    if constexpr (!known_sums(kind)) {
+      totals = {};
+      for (int64_t k = 0; k < blocks_; ++k) {
+        if (blocks_ > 1) a_[i] = a(i, k), b_[i] = b(i, k);
+        in_its_way<kind>(i, k, false, [&](auto way, auto waits, const T* wait_a, const T* wait_b) SK_LAMBDA {
+          finish_kind<T, kind, way, waits, true, false>(
+              row, row.blocks[k], a_[i], b_[i], size(k), wait_a, wait_b, {}, T(job_.beta), totals);
+        });
+      }
+    }
+    return totals;
+  }
+
   // Its loss and its gradients
+  template <Kind kind, bool scaled>
   void write(int i, int64_t index) {
     LongRow<T>& row = rows_[i];
     const bool apart = !row.near && std::min(row.kl_pq, row.kl_qp) >= kApart<T>;
     double loss = 0;
+    Totals totals;
+    if constexpr (kind != Kind::symmetric_kl)
+      if (row.counts) totals = sum_kind<kind>(i);
     for (int64_t k = 0; k < blocks_; ++k) {
       const int64_t at = index * cols_ + begin(k), cols = size(k);
       T* const buffer = room_.get() + 2 * together_ * side_;
@@ -647,15 +812,13 @@ class LongRows {
         if (blocks_ > 1) a_[i] = a(i, k), b_[i] = b(i, k);
         const Block<T>& block = row.blocks[k];
         const Wanted<T> want{job_.detach_targets, grad_a_.data ? to_a : nullptr, grad_b_.data ? to_b : nullptr};
-        const auto go = [&]<Way way>(std::integral_constant<Way, way>) SK_LAMBDA {
-          const bool waiting = job_.wait && block.done && (way == Way::near || !block.near);
-          const auto f = waiting ? finish<T, way, true> : finish<T, way, false>;
-          const T *const wait_a = this->waiting(row.wait_a, begin(k)), *const wait_b = this->waiting(row.wait_b, begin(k));
-          return f(row, block, a_[i], b_[i], cols, wait_a, wait_b, want);
-        };
-        loss += row.near ? go(std::integral_constant<Way, Way::near>{})
-                : apart  ? go(std::integral_constant<Way, Way::apart>{})
-                         : go(std::integral_constant<Way, Way::far>{});
+        in_its_way<kind>(i, k, apart, [&](auto way, auto waits, const T* wait_a, const T* wait_b) SK_LAMBDA {
+          if constexpr (kind == Kind::symmetric_kl)
+            loss += finish<T, way, waits, scaled>(row, block, a_[i], b_[i], cols, wait_a, wait_b, want);
+          else if (known_sums(kind) || want.grad_a || want.grad_b)
+            finish_kind<T, kind, way, waits, known_sums(kind), true>(
+                row, block, a_[i], b_[i], cols, wait_a, wait_b, want, T(job_.beta), totals);
+        });
       } else {
         const T gradient = row.loss == T(0) ? T(0) : kNan<T>;
         if (grad_a_.data) std::fill_n(to_a, cols, gradient);
@@ -664,10 +827,11 @@ class LongRows {
       grad_a_.round(to_a, at, cols);
       grad_b_.round(to_b, at, cols);
     }
-    if (row.counts) row.loss = T(loss);
+    if (!row.counts) return;
+    row.loss = kind == Kind::symmetric_kl ? T(loss) : T(std::clamp(totals.loss, 0.0, job_.greatest));
   }
 
-  const SymmetricKLJob& job_;
+  const DivergenceJob& job_;
   const int64_t cols_;
   const int together_;
   const int64_t blocks_;
@@ -676,12 +840,14 @@ class LongRows {
   // For each row a block of either side, for all a block of either gradient; the exponentials of each.
   const std::unique_ptr<T[]> room_;
   const std::unique_ptr<Block<T>[]> done_;
+  void (LongRows::*sum_)(int, int64_t, const Survey<T>&);
+  void (LongRows::*write_)(int, int64_t);
   LongRow<T> rows_[kMaxTogether];
   const T *a_[kMaxTogether], *b_[kMaxTogether];
 };
 
 template <typename T>
-void run_short(const SymmetricKLJob& job, int64_t begin, int64_t end) {
+void run_short(const DivergenceJob& job, int64_t begin, int64_t end) {
   constexpr int N = kLanes<T>;
   const int64_t cols = job.a.cols();
   const T* const weight = static_cast<const T*>(job.weight);
@@ -690,9 +856,10 @@ void run_short(const SymmetricKLJob& job, int64_t begin, int64_t end) {
   const Gradient<T> grad_a{static_cast<char*>(job.grad_a), job.a.dtype()};
   const Gradient<T> grad_b{static_cast<char*>(job.grad_b), job.b.dtype()};
   const T* const row_upstream = job.upstream_rows ? upstream : nullptr;
-  const T common = T(job.scale * (upstream && !row_upstream ? upstream[0] : T(1)));
+  const T common = T(job.scale * job.inverse * (upstream && !row_upstream ? upstream[0] : T(1)));
 
-  ShortRows<T> of;
+  ShortRows<T> of(job);
+  const auto run_kind = with_kind(job, [&](auto kind, auto scaled) { return &ShortRows<T>::template run<kind, scaled>; });
   const T own = job.detach_targets ? T(0) : T(1);
   T scratch[kMaxTransposed * N + N];
   std::memset(of.a, 0, cols * sizeof *of.a);  // lanes that never hold a row hold numbers
@@ -718,7 +885,7 @@ void run_short(const SymmetricKLJob& job, int64_t begin, int64_t end) {
         of.b[j] = factor == Vec<T>{} ? Vec<T>{} : of.b[j];
       }
     }
-    of.run(int(cols));
+    (of.*run_kind)(int(cols));
     scale = of.undefined | of.infinite ? set1(kNan<T>) : scale;
     if (losses) store_n(losses + first, of.undefined ? set1(kNan<T>) : of.infinite ? set1(kInf<T>) : of.loss, count);
     const auto write = [&](const Gradient<T>& grad, auto&& column) SK_LAMBDA {
@@ -729,18 +896,23 @@ void run_short(const SymmetricKLJob& job, int64_t begin, int64_t end) {
       else turn_out<T, false>(column, int(cols), rows);
       grad.round(rows, first * cols, count * cols);
     };
-    write(grad_a, of.grad_a(scale, scale * own));
-    write(grad_b, of.grad_b(scale, scale * own));
+    if (of.symmetric()) {
+      write(grad_a, of.grad_a(scale, scale * own));
+      write(grad_b, of.grad_b(scale, scale * own));
+    } else {
+      write(grad_a, of.grad_a(scale));
+      write(grad_b, of.grad_b(scale));
+    }
   }
 }
 
 template <typename T>
-void run_rows(const SymmetricKLJob& job, int64_t begin, int64_t end) {
+void run_rows(const DivergenceJob& job, int64_t begin, int64_t end) {
   if (job.a.cols() <= kMaxTransposed) run_short<T>(job, begin, end);
   else LongRows<T>(job).run(begin, end);
 }
 
-void symmetric_kl_rows(const SymmetricKLJob& job, int64_t begin, int64_t end) {
+void divergence_rows(const DivergenceJob& job, int64_t begin, int64_t end) {
   if (job.a.dtype() == ScalarType::Double) run_rows<double>(job, begin, end);
   else run_rows<float>(job, begin, end);
 }

@@ -40,12 +40,11 @@ SK_INLINE Vec<T> excess(Vec<T> q, Vec<T> x, Vec<T> log) {
   return near ? q * excess_small<T>(log) : x - q * log;
 }
 
-// log(m / q) of a mixture m = q + x > 0; 0 where q is
+// log(m / q) of a mixture m = q + x > 0; anything finite where q is not a normal number
 template <typename T>
 SK_INLINE Vec<T> log_ratio(Vec<T> q, Vec<T> m, Vec<T> x) {
-  const Vec<T> over = T(1) / q, ratio = vmin(m * over, set1(std::numeric_limits<T>::max()));
-  const Vec<T> log = log_positive<T>(ratio, x * over, vabs<T>(x) <= T(0.25) * q);
-  return q == Vec<T>{} ? Vec<T>{} : log;
+  const Vec<T> over = T(1) / vmax(q, set1(std::numeric_limits<T>::min()));
+  return log_positive<T>(m * over, x * over, vabs<T>(x) <= T(0.25) * q);
 }
 
 // KL(p||q) + KL(q||p)
@@ -79,7 +78,7 @@ SK_INLINE Parts<T> js(const Classes<T>& of, T beta) {
 // 1/2 sum (sqrt p - sqrt q)^2
 template <typename T>
 SK_INLINE Parts<T> hellinger(const Classes<T>& of, T) {
-  const Vec<T> root_p = vsqrt(of.p), root_q = vsqrt(of.q);
+  const Vec<T> root_p = square_root<T>(of.p), root_q = square_root<T>(of.q);
   const Vec<T> y = of.x == Vec<T>{} ? Vec<T>{} : of.x / (root_p + root_q);
   return {T(0.5) * y * y, T(0.5) * root_p * y, T(-0.5) * root_q * y};
 }
@@ -104,8 +103,12 @@ SK_INLINE Parts<T> parts(const Classes<T>& of, T beta) {
 // p (f' - sum p f') of a side, given both sides' sums, for a row or for one in each lane; see reference.py.
 template <Kind kind, typename T, typename Sum>
 SK_INLINE Vec<T> centred(Vec<T> p, Vec<T> slope, Sum mean, Sum other_mean, Sum loss) {
-  if constexpr (kind == Kind::total_variation) return slope * (loss - other_mean) - (p + slope) * mean;
-  else return slope - p * mean;
+  if constexpr (kind == Kind::total_variation) {
+    const Sum other = loss - other_mean, both = T(0.5) * (mean + other);
+    return -p * (slope == Vec<T>{} ? mean + Vec<T>{} : slope == -p ? other + Vec<T>{} : both + Vec<T>{});
+  } else {
+    return slope - p * mean;
+  }
 }
 
 }  // namespace smart_kernels::SK_ISA

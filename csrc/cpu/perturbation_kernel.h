@@ -198,16 +198,11 @@ SK_INLINE Mask<float> pack(Words low, Words high) {
   return out;
 }
 
-SK_INLINE Vec<float> square_root(Vec<float> x) {
-  for (int i = 0; i < kLanes<float>; ++i) x[i] = std::sqrt(x[i]);
-  return x;
-}
-
 // Two numbers of N(0, 1) from two words: Box and Muller's transform, each within 4 units in the last place of 1
 SK_INLINE void box_muller(Mask<float> a, Mask<float> b, float* x, float* y) {
   typedef uint32_t Bits __attribute__((vector_size(SK_VECTOR_BYTES)));
   const Vec<float> uniform = __builtin_convertvector((Mask<float>)((Bits)a >> 1), Vec<float>) * 0x1p-31f + 0x1p-32f;
-  const Vec<float> radius = square_root(log_positive<float>(uniform) * -2.0f);
+  const Vec<float> radius = square_root<float>(log_positive<float>(uniform) * -2.0f);
   // b 2^-32 of a turn: the nearest quarter, and what remains, exactly
   const Mask<float> quarter = (Mask<float>)((Bits)b + 0x20000000u) >> 30;
   const Vec<float> r = __builtin_convertvector((Mask<float>)((Bits)b - ((Bits)quarter << 30)), Vec<float>) * 0x1p-30f;

@@ -206,18 +206,10 @@ SK_INLINE Vec<T> vabs(Vec<T> x) {
   return (Vec<T>)((Mask<T>)x & std::numeric_limits<std::remove_reference_t<decltype(Mask<T>{}[0])>>::max());
 }
 
-template <typename V>
-SK_INLINE V vsqrt(V x) {
-#if SK_VECTOR_BYTES == 64
-  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm512_sqrt_ps((__m512)x);
-  else return (V)_mm512_sqrt_pd((__m512d)x);
-#elif SK_VECTOR_BYTES == 32
-  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm256_sqrt_ps((__m256)x);
-  else return (V)_mm256_sqrt_pd((__m256d)x);
-#else
-  for (size_t i = 0; i < sizeof x / sizeof x[0]; ++i) x[i] = std::sqrt(x[i]);
+template <typename T>
+SK_INLINE Vec<T> square_root(Vec<T> x) {
+  for (int i = 0; i < kLanes<T>; ++i) x[i] = std::sqrt(x[i]);
   return x;
-#endif
 }
 
 // All lanes by one operation, halves with each other: the serial way takes as long as a hundred elements.
@@ -399,7 +391,7 @@ SK_INLINE Vec<float> log_of_parts(Vec<float> k, Vec<float> f) {
 
 // log(x) of a positive normal number, to 0.75 (0.85), or where `near` log(1 + y), for y in [-1/4, 1/4], to as much.
 template <typename T>
-SK_INLINE Vec<T> log_positive(Vec<T> x, Vec<T> y = {}, Mask<T> near = {}) {
+SK_INLINE Vec<T> log_positive(Vec<T> x, Vec<T> y = Vec<T>{}, Mask<T> near = Mask<T>{}) {
   if constexpr (std::is_same_v<T, float>) {
     // x = 2^k m, m in [sqrt(1/2), sqrt(2))
     const Mask<T> bits = (Mask<T>)x - 0x3f3504f3;

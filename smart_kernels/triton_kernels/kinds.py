@@ -80,7 +80,8 @@ def parts(p, q, x, t, beta, KIND: tl.constexpr):
 def centred(p, slope, mean, other_mean, loss, KIND: tl.constexpr):
     """p (f' - Σ p f') of a side, given the sums of both sides; see `reference.centred`."""
     if KIND == "total_variation":
-        return slope * (loss - other_mean) - (p + slope) * mean
+        other = loss - other_mean
+        return -p * tl.where(slope == 0, mean, tl.where(slope == -p, other, 0.5 * (mean + other)))
     else:
         return slope - p * mean
 
