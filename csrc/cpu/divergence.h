@@ -20,6 +20,9 @@ struct DivergenceJob {
   double greatest;       // which the divergence cannot exceed
   bool wait;             // the exponentials of a row may wait for its second reading
   void *losses = nullptr, *grad_a = nullptr, *grad_b = nullptr;  // each contiguous, or null: not wanted
+  bool difference = false;    // what stands for a is a - b
+  bool in_place = false;      // the gradients take the logits' place
+  void* grad_both = nullptr;  // the sum of both, with a difference alone
 };
 
 }  // namespace smart_kernels
