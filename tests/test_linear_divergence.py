@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,21 @@ DISTANCES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-2, 1.0)
 NAMES = "input", "target", "linear_weight", "bias", "target_linear_weight", "target_bias"
 
 
-@pytest.fixture(params=["reference", pytest.param("kernel", marks=requires_extension)])
+if os.environ.get("TRITON_INTERPRET") == "1":  # test_gpu_linear.py runs this file so
+    SERVERS = ["triton"]
+else:
+    SERVERS = ["reference", pytest.param("kernel", marks=requires_extension)]
+
+
+@pytest.fixture(params=SERVERS)
 def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What does a chunk's rows: the eager definition, or what serves the device."""
+    """What does a chunk's rows: the eager definition, what serves the device, or Triton's interpreter."""
     if request.param == "reference":
         monkeypatch.setattr(room, "_rows", reference.divergence_rows_)
+    elif request.param == "triton":
+        from smart_kernels.triton_kernels import divergence as launchers
+
+        monkeypatch.setattr(room, "_rows", launchers.divergence_rows_)
     return request.param
 
 

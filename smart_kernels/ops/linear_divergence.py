@@ -495,6 +495,7 @@ _rows = define(
     "bool detach_targets, int kind, float beta, float temperature) -> Tensor",
     reference=reference.divergence_rows_,
     fake=_rows_fake,
+    triton="smart_kernels.triton_kernels.divergence:divergence_rows_",
 )
 changes_arguments(_rows, "divergence_rows_")
 _op = define(

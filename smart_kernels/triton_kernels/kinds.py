@@ -24,6 +24,12 @@ def tanh_half(t):
 
 
 @triton.jit
+def symmetric_kl(p, q, x, t):
+    """KL(p||q) + KL(q||p)."""
+    return x * t, p * t + x, -q * t - x
+
+
+@triton.jit
 def kl(p, q, x, t):
     """KL(q||p)."""
     return _excess(q, x, t), x, -_mass_times(q, t)
@@ -61,9 +67,14 @@ def total_variation(p, q, x, t):
 
 
 @triton.jit
-def parts(p, q, x, t, beta, KIND: tl.constexpr):
-    """Those of a kind. The symmetric KL needs none: its loss and sums come from the survey of a row."""
-    if KIND == "kl":
+def parts(p, q, x, t, beta, KIND: tl.constexpr, DETACH: tl.constexpr):
+    """Those of a kind. The symmetric KL needs them where the logits' difference is given, with targets detached or not."""
+    if KIND == "symmetric_kl":
+        if DETACH:
+            return x * t, x, -x
+        else:
+            return symmetric_kl(p, q, x, t)
+    elif KIND == "kl":
         return kl(p, q, x, t)
     elif KIND == "reverse_kl":
         return reverse_kl(p, q, x, t)
@@ -84,6 +95,12 @@ def centred(p, slope, mean, other_mean, loss, KIND: tl.constexpr):
         return -p * tl.where(slope == 0, mean, tl.where(slope == -p, other, 0.5 * (mean + other)))
     else:
         return slope - p * mean
+
+
+@triton.jit
+def of_both(q, x, term, mean, loss, KIND: tl.constexpr):
+    """The sum of both sides' gradients; see `reference.of_both`."""
+    return term - q * loss - x * (mean + 0.5 if KIND == "total_variation" else mean)
 
 
 @triton.jit
