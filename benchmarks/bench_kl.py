@@ -43,6 +43,8 @@ from harness import (
 from smart_kernels import symmetric_kl, symmetric_kl_grad
 
 SHAPES = ("32x3", "4096x3", "512x128", "4096x1000", "256x30522", "64x131072")
+LONG = 1000
+"""Classes from where on bytes decide: there alone a quick run takes the other dtypes, and one gradient alone."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EPSILONS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 PAPER_EPSILON = 1e-5
@@ -341,45 +343,52 @@ def one_gradient(loss: Loss, a: Tensor, b: Tensor) -> Tensor:
     return torch.autograd.grad(loss(a, b), a)[0]
 
 
-def speed_cases(dtypes: Sequence[str]) -> list[tuple[str, bool]]:
-    """Groups of cases: a dtype, and whether both gradients are taken; those of one side in the first dtype alone."""
-    return [*((dtype, True) for dtype in dtypes), (dtypes[0], False)]
+def speed_cases(args: argparse.Namespace) -> list[tuple[str, bool, int, int]]:
+    """A dtype, whether both gradients are taken (that of one side alone in the first dtype only), rows and classes."""
+    groups = [*((dtype, True) for dtype in args.dtypes), (args.dtypes[0], False)]
+    everywhere = args.full or args.shapes
+    shapes = args.shapes or [shape(text) for text in SHAPES]
+    return [
+        (*group, rows, classes)
+        for group in groups
+        for rows, classes in shapes
+        if everywhere or group == groups[0] or classes >= LONG
+    ]
 
 
 def measure_speed(report: Report, args: argparse.Namespace, progress: Callable[[str], object]) -> None:
     """A case per shape and dtype: forward and backward with both gradients, and the gradient of one side alone."""
-    for dtype_name, both in speed_cases(args.dtypes):
+    for dtype_name, both, rows, classes in speed_cases(args):
         dtype = DTYPES[dtype_name]
-        for rows, classes in args.shapes:
-            torch.compiler.reset()  # one shape, one graph: no recompilation with sizes left open
-            peers = [
-                Peer(peer.name, partial(gradients if both else one_gradient, peer.call), peer.kind)
-                for peer in implementations(report, args.device)
-            ]
-            if not both:
-                peers[-1] = Peer(OURS, symmetric_kl_grad)
+        torch.compiler.reset()  # one shape, one graph: no recompilation with sizes left open
+        peers = [
+            Peer(peer.name, partial(gradients if both else one_gradient, peer.call), peer.kind)
+            for peer in implementations(report, args.device)
+        ]
+        if not both:
+            peers[-1] = Peer(OURS, symmetric_kl_grad)
 
-            def inputs(
-                size: tuple[int, int] = (rows, classes), dtype: torch.dtype = dtype, both: bool = both
-            ) -> tuple[Tensor, ...]:
-                a, b = (torch.randn(size, device=args.device, dtype=dtype) for _ in range(2))
-                return a.requires_grad_(), b.requires_grad_(both)
+        def inputs(
+            size: tuple[int, int] = (rows, classes), dtype: torch.dtype = dtype, both: bool = both
+        ) -> tuple[Tensor, ...]:
+            a, b = (torch.randn(size, device=args.device, dtype=dtype) for _ in range(2))
+            return a.requires_grad_(), b.requires_grad_(both)
 
-            report.add(
-                measure(
-                    f"{rows}×{classes}",
-                    peers,
-                    inputs,
-                    baselines=BASELINES,
-                    group=dtype_name if both else f"{dtype_name}, one gradient",
-                    bytes_moved=(4 if both else 3) * rows * classes * dtype.itemsize,  # logits read, gradients written
-                    outputs=2 if both else 1,
-                    device=args.device,
-                    budget_s=6.0 if args.full else 1.0,
-                    min_rounds=15 if args.full else 5,
-                    progress=progress,
-                )
+        report.add(
+            measure(
+                f"{rows}×{classes}",
+                peers,
+                inputs,
+                baselines=BASELINES,
+                group=dtype_name if both else f"{dtype_name}, one gradient",
+                bytes_moved=(4 if both else 3) * rows * classes * dtype.itemsize,  # logits read, gradients written
+                outputs=2 if both else 1,
+                device=args.device,
+                budget_s=6.0 if args.full else 1.0,
+                min_rounds=15 if args.full else 5,
+                progress=progress,
             )
+        )
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -394,7 +403,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
-    parser.add_argument("--shapes", nargs="+", type=shape, default=[shape(s) for s in SHAPES], metavar="ROWSxCLASSES")
+    parser.add_argument("--shapes", nargs="+", type=shape, metavar="ROWSxCLASSES", help=f"default: {' '.join(SHAPES)}")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--quick", dest="full", action="store_false", help="under 3 minutes; the default on a CPU")
@@ -419,7 +428,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     title = "Symmetric KL with both gradients, and one gradient alone: times faster than eager"
     report = Report("bench_kl", vars(args), args.device, title)
     peers = implementations(report, args.device)
-    steps = len(args.shapes) * len(speed_cases(args.dtypes)) * measure_steps(peers)
+    steps = len(speed_cases(args)) * measure_steps(peers)
     with progress_bar(steps + (0 if args.skip_accuracy else 1 + 2 * len(EPSILONS)), "bench_kl") as progress:
         if not args.skip_accuracy:
             measure_accuracy(report, args.device, progress)

@@ -21,7 +21,7 @@ def kernels() -> dict[str, dict[str, str]]:
 
     Example:
         >>> from smart_kernels.environment import kernels
-        >>> kernels()["symmetric_kl"]["other"]
+        >>> kernels()["divergence"]["other"]
         'eager'
     """
 

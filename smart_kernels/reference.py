@@ -184,7 +184,7 @@ def reverse_kl(p: Tensor, q: Tensor, x: Tensor, t: Tensor, beta: float) -> Parts
 
 
 def js(p: Tensor, q: Tensor, x: Tensor, t: Tensor, beta: float) -> Parts:
-    """beta KL(q||m) + (1 - beta) KL(p||m), m = beta q + (1 - beta) p."""
+    """The sum beta KL(q||m) + (1 - beta) KL(p||m), m = beta q + (1 - beta) p."""
     m = beta * q + (1 - beta) * p
     log_mq, log_mp = _log_ratio(q, m, (1 - beta) * x), _log_ratio(p, m, -beta * x)
     of_q, of_p = _excess(q, (1 - beta) * x, log_mq), _excess(p, -beta * x, log_mp)
@@ -199,7 +199,7 @@ def hellinger(p: Tensor, q: Tensor, x: Tensor, t: Tensor, beta: float) -> Parts:
 
 
 def total_variation(p: Tensor, q: Tensor, x: Tensor, t: Tensor, beta: float) -> Parts:
-    """1/2 sum |p - q|; f' and g but for a constant, so that each sum is that of a side's smaller part (`centred`)."""
+    """1/2 sum |p - q|; f' and g but for a constant, so that each sum is of a side's smaller part (`centred`)."""
     sign = 0.5 * x.sign()
     return 0.5 * x.abs(), p * (sign - 0.5), -q * (sign + 0.5)
 
@@ -209,9 +209,9 @@ KINDS = {f.__name__: f for f in (symmetric_kl, kl, reverse_kl, js, hellinger, to
 
 
 def centred(kind: int, p: Tensor, slope: Tensor, mean: Tensor, other_mean: Tensor, loss: Tensor) -> Tensor:
-    """p (f' - sum p f') of a side, given the sums of both sides."""
+    """A side's p (f' - sum p f'), given the sums of both sides."""
     if list(KINDS)[kind] == "total_variation":
-        # f' is 0, -1 or, where p = q, -1/2. For nearly all p of one sign f' - sum p f' would cancel, but 1 + sum p f' is:
+        # f' is 0, -1 or, where p = q, -1/2. If nearly all p have one sign, f' - sum p f' would cancel; 1 + sum p f' is:
         other = loss - other_mean
         return -p * torch.where(slope == 0, mean, torch.where(slope == -p, other, 0.5 * (mean + other)))
     return slope - p * mean
@@ -237,7 +237,7 @@ def greatest(kind: int, beta: float) -> float:
 
 
 def _mass_times(q: Tensor, log: Tensor) -> Tensor:
-    """q log(p / q), 0 where q is masked. Where p is, alone, 0 inf or -inf: no number that a loss could have."""
+    """Of q log(p / q), 0 where q is masked. Where p is, alone, 0 inf or -inf: no number that a loss could have."""
     return torch.where(log == math.inf, 0, q * log)
 
 
@@ -249,7 +249,7 @@ def _log_ratio(q: Tensor, m: Tensor, x: Tensor) -> Tensor:
 
 
 def _excess(q: Tensor, x: Tensor, log: Tensor) -> Tensor:
-    """x - q log((q + x) / q) >= 0, given the logarithm: q (expm1(log) - log), whose first terms cancel if it is small."""
+    """The difference x - q log((q + x) / q) >= 0, given the logarithm: a series for q (expm1(log) - log) if small."""
     small = log.clamp(-SMALL, SMALL)
     series = torch.ones_like(small)
     for k in range(16 if q.dtype == torch.float64 else 9, 2, -1):

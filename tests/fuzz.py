@@ -24,9 +24,11 @@ from contextlib import contextmanager
 import numpy as np
 import oracle
 import torch
-from oracle import Ema, PerturbationStep, SymmetricKL, compare, ulp, wide
+from oracle import Divergence, Ema, PerturbationStep, compare, ulp, wide
 
 from smart_kernels import (
+    divergence,
+    divergence_grad,
     ema_update_,
     empty_cache,
     init_perturbation,
@@ -147,12 +149,14 @@ def logits(r: random.Random, lead: list[int], cols: int, dtypes: tuple[torch.dty
     return [laid_out(r, a), laid_out(r, b)]
 
 
-def symmetric_kl_case(r: random.Random) -> None:
+def divergence_case(r: random.Random) -> None:
     lead, cols = sizes(r, 24)
     a, b = logits(r, lead, cols, r.choice(DTYPES))
     weight = weights(r, lead)
     reduction, detach = r.choice(reference.REDUCTIONS), r.random() < 0.25
-    truth = SymmetricKL(a, b)
+    kind = r.choice([*reference.KINDS, "symmetric_kl"])
+    beta, temperature = r.choice([0.5, r.uniform(0.01, 0.99)]), r.choice([1.0, 1.0, 10 ** r.uniform(-1, 1)])
+    truth = Divergence(a, b, kind, beta, temperature)
     dtype = reference.compute_dtype(a)
     factor = np.ones(lead, oracle.WIDE) if weight is None else wide(weight.to(dtype))
     with np.errstate(all="ignore"):
@@ -162,14 +166,16 @@ def symmetric_kl_case(r: random.Random) -> None:
     if r.random() < 0.5:
         upstream = torch.rand_like(upstream) + r.choice([0.5, 2.0])
     wanted = (True, True) if a is b else r.choice([(True, True), (True, False), (False, True)])
+    published = detach and kind == "symmetric_kl"
+    if detach and not published:  # then the target gets no gradient
+        wanted = (True, a is b)
     for x, is_wanted in zip((a, b), wanted, strict=True):
         x.requires_grad_(is_wanted)
 
     def check(loss: torch.Tensor, grads: list[torch.Tensor | None], alone: torch.Tensor | None) -> None:
-        relative, resolved = (1e-12, 1e-12) if dtype == torch.float64 else (1e-5, 2.0**-21)
         with np.errstate(all="ignore"):
             rows = np.where(used, truth.loss * factor, 0)
-            bars = np.where(used, relative * truth.loss + resolved * truth.distance * np.sqrt(truth.loss), 0) * factor
+            bars = np.where(used, truth.loss_bar(), 0) * factor
             if reduction == "none":
                 compare(wide(loss), rows, bars, "loss")
             else:
@@ -184,17 +190,22 @@ def symmetric_kl_case(r: random.Random) -> None:
             return
         empty = torch.empty(0)
         found = [empty if grad is None else grad for grad in grads]
-        truth.check_grads(*found, scale=scale, detach_targets=detach)
+        truth.check_grads(*found, scale=scale, detach_targets=published)
         if alone is not None:
-            truth.check_grads(alone, empty, scale=alone_scale, detach_targets=detach)
+            truth.check_grads(alone, empty, scale=alone_scale, detach_targets=published)
             found.append(alone)
         for grad in found:
             assert not grad.numel() or (wide(grad)[~used] == 0).all(), "gradient of a row of weight 0"
             assert not grad.numel() or np.isnan(wide(grad)[used & np.isnan(truth.loss)]).all(), "gradient of a NaN row"
 
     with threads(r):
-        loss = symmetric_kl(a, b, weight, reduction, detach)
-        alone = symmetric_kl_grad(a, b, weight, reduction, detach) if r.random() < 0.4 else None
+        if kind == "symmetric_kl" and temperature == 1 and r.random() < 0.5:
+            loss = symmetric_kl(a, b, weight, reduction, detach)
+            alone = symmetric_kl_grad(a, b, weight, reduction, detach) if r.random() < 0.4 else None
+        else:
+            options = kind, weight, reduction, beta, temperature, detach
+            loss = divergence(a, b, *options)
+            alone = divergence_grad(a, b, *options) if r.random() < 0.4 else None
         found = torch.autograd.grad(loss, [x for x in (a, b) if x.requires_grad], upstream)
     grads: list[torch.Tensor | None] = [None, None]
     if a is b:
@@ -207,9 +218,10 @@ def symmetric_kl_case(r: random.Random) -> None:
         return
     a, b, code = a.detach(), b.detach(), reference.REDUCTIONS.index(reduction)
     weight = None if weight is None else weight.to(dtype)
-    eager = reference.symmetric_kl_backward(upstream, a, b, weight, code, detach, True, True)
-    alone = reference.symmetric_kl_grad(a, b, weight, code, detach)
-    check(reference.symmetric_kl(a, b, weight, code, detach), list(eager), alone)
+    coded = list(reference.KINDS).index(kind), beta, temperature
+    eager = reference.divergence_backward(upstream, a, b, weight, code, published, True, True, *coded)
+    alone = reference.divergence_grad(a, b, weight, code, published, *coded)
+    check(reference.divergence(a, b, weight, code, published, *coded), list(eager), alone)
 
 
 def mask_of(r: random.Random, lead: list[int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -411,7 +423,7 @@ def linear_case(r: random.Random) -> None:
 
 
 CASES: dict[str, Callable[[random.Random], None]] = {
-    "symmetric_kl": symmetric_kl_case,
+    "divergence": divergence_case,
     "perturbation_step": perturbation_case,
     "init_perturbation": start_case,
     "ema_update_": ema_case,

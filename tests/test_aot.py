@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 from gpu_code import TARGETS, ahead_of_time
+from smart_kernels import reference
 from smart_kernels.triton_kernels import divergence
 
 Launch = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -59,6 +60,16 @@ def test_no_spills_and_accesses_as_wide_as_rows_are_aligned(
     assert launch is loss_alone or code.stores[width] > 0
     # Beside the gradients, one store of the rows' losses is left.
     assert sum(count for bytes_, count in code.stores.items() if bytes_ != width) <= 1
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("kind", "cols"), [("js", 1024), ("js", 131072), ("kl", 131072)])  # js needs most registers
+def test_other_kinds_do_not_spill(target: str, kind: str, cols: int) -> None:
+    a, b = torch.empty(2, 256, cols)
+    options = None, BATCHMEAN, False, True, True, list(reference.KINDS).index(kind), 0.5, 2.0
+    (code,) = ahead_of_time(target, divergence.divergence_forward_backward, a, b, *options)
+    assert code.spills == code.scratch == 0
+    assert set(code.loads) == {16}
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import smart_kernels
-from smart_kernels import LinearDivergenceLoss, Smart, SmartConfig, SymmetricKLLoss
+from smart_kernels import DivergenceLoss, LinearDivergenceLoss, Smart, SmartConfig, SymmetricKLLoss
 from smart_kernels.integrations.transformers import SmartTrainer, SmartTrainingArguments
 
 X = torch.zeros(2, 3, 4)
@@ -50,6 +50,10 @@ def step(**arguments: Any) -> Any:
 
 FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] = {
     # what is called, whose signature tells the arguments, and good ones for those that need any
+    "divergence": (smart_kernels.divergence,) * 2 + (LOGITS,),
+    "divergence_grad": (smart_kernels.divergence_grad,) * 2 + (LOGITS,),
+    "DivergenceLoss": (DivergenceLoss,) * 2 + ({},),
+    "DivergenceLoss.forward": (DivergenceLoss(), DivergenceLoss().forward, LOGITS),
     "symmetric_kl": (smart_kernels.symmetric_kl,) * 2 + (LOGITS,),
     "symmetric_kl_grad": (smart_kernels.symmetric_kl_grad,) * 2 + (LOGITS,),
     "SymmetricKLLoss": (SymmetricKLLoss,) * 2 + ({},),
@@ -69,6 +73,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any
     "SmartConfig": (SmartConfig, SmartConfig, {}),
 }
 NUMBERS = {"lambda_s", "epsilon", "noise_std", "step_size", "mu", "decay", "decay_late", "decay_switch", "std"}
+NUMBERS |= {"beta", "temperature"}
 CASES = [
     pytest.param(function, name, value, id=f"{function}-{name}-{value if isinstance(value, float) else 'object'}")
     for function, (_, signature, _) in FUNCTIONS.items()

@@ -18,13 +18,14 @@ import pytest
 import torch
 from extension import requires_extension
 
+import bench_divergences
 import bench_kl
 import bench_perturbation
 import harness
 import real_data
 import runs
 from harness import Case, Peer, Report, Timing
-from smart_kernels import symmetric_kl_grad
+from smart_kernels import divergence, symmetric_kl_grad
 
 BENCHMARKS = Path(bench_kl.__file__).parent
 PLOTS = int(importlib.util.find_spec("matplotlib") is not None)  # without it a benchmark writes no figures
@@ -464,7 +465,7 @@ def test_where_the_cache_is(monkeypatch):
 def test_the_truth_of_the_errors_is_true(classes, delta):
     b = torch.randn(16, classes)
     a = b + delta * torch.randn_like(b)
-    exact = oracle.SymmetricKL(a, b)
+    exact = oracle.Divergence(a, b)
     loss, grad, difference = bench_kl.truth(a, b)
     # t is off by some 1e-15 where it should be 1e-6, so that eight digits and more are left
     assert loss.item() == pytest.approx(float(exact.loss.mean()), rel=1e-8)
@@ -590,3 +591,25 @@ def test_a_wrong_command_line_is_told(arguments, message, capsys):
     with pytest.raises(SystemExit):
         bench_kl.arguments(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", bench_divergences.SPELLINGS)
+def test_spellings_of_every_divergence_are_it(monkeypatch, kind):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    a, b = torch.randn(2, 8, 5, requires_grad=True).unbind()
+    loss = divergence(a, b, kind)
+    expected = loss, *torch.autograd.grad(loss, (a, b), retain_graph=True)
+    for peer in bench_divergences.implementations(Report("x", {}), "cpu", kind):
+        loss, grads = bench_kl.gradients(peer.call, a, b)
+        torch.testing.assert_close((loss, *grads), expected, rtol=1e-4, atol=1e-6, msg=peer.name)
+
+
+def test_bench_divergences_with_all_it_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    options = ["--shapes", "4x3", "--classes", "5", "--budget", "0.01", "--kinds", "js", "total_variation"]
+    bench_divergences.main([*options, "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    for text in ("relative error of the gradient", "js 4×3 fp32", "total_variation, 5 classes"):
+        assert text in printed
+    plots = ["bench_divergences_error.png", "bench_divergences_speed.png"] * PLOTS
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench_divergences.json", *plots]

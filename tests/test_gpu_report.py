@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 import gpu_code
@@ -109,13 +108,13 @@ def test_bars_of_the_symmetric_kl(h100: dict[tuple[str, int, int], list[Row]]) -
         assert memory == pytest.approx(from_memory * rows * classes / 3.35e12)
 
 
+# Aligned to 16 bytes, to two elements and not at all; bf16 stands for fp16, which is as wide
 @pytest.mark.parametrize(
     ("target", "classes"),
-    [*((target, n) for target in ("sm_80", "sm_90") for n in (12288, 16382, 16383, 16384)), ("sm_100", 12288)],
+    [("sm_80", 12288), ("sm_80", 16383), ("sm_90", 16382), ("sm_90", 16384), ("sm_100", 12288)],
 )
 @pytest.mark.parametrize("way", ["both gradients", "one gradient"])
-def test_rows_in_registers(monkeypatch: pytest.MonkeyPatch, target: str, classes: int, way: str) -> None:
-    monkeypatch.setitem(gpu_report.DTYPES, "fp16", torch.float16)
+def test_rows_in_registers(target: str, classes: int, way: str) -> None:
     for dtype in gpu_report.DTYPES:
         (row,) = gpu_report.predict(gpu_report.kl_work(1024, classes, dtype, way), target)
         assert (row.asked, row.spills) == (row.minimum, 0)

@@ -31,7 +31,7 @@ LAUNCHERS = {
         importlib.import_module(f"smart_kernels.triton_kernels.{module}"), name
     )
     for module, names in (
-        ("symmetric_kl", [n for n in _library.OPS if n.startswith("symmetric_kl")]),
+        ("divergence", [n for n in _library.OPS if n.startswith("divergence")]),
         ("perturbation", [n for n in _library.OPS if n.startswith(("perturbation", "init"))]),
     )
     for name in names

@@ -121,8 +121,8 @@ compiled = torch.compile(lambda x: hub.symmetric_kl(x, b), fullgraph=True, backe
 torch.testing.assert_close(compiled(a), hub.symmetric_kl(a, b))
 import triton
 from importlib import import_module
-launchers = import_module("smart_kernels_0123abc.triton_kernels.symmetric_kl")  # in Triton's interpreter
-loss, grad, _ = launchers.symmetric_kl_forward_backward(a, b, None, 3, False, True, False)
+launchers = import_module("smart_kernels_0123abc.triton_kernels.divergence")  # in Triton's interpreter
+loss, grad, _ = launchers.divergence_forward_backward(a, b, None, 3, False, True, False)
 torch.testing.assert_close(grad, grads[0])
 """
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import Ema, PerturbationStep, SymmetricKL
+from oracle import Divergence, Ema, PerturbationStep
 from smart_models import Encoder, batch_for
 
-from smart_kernels import Smart, SmartConfig, ema_update_, perturbation_step, symmetric_kl
+from smart_kernels import Smart, SmartConfig, divergence, ema_update_, perturbation_step, reference, symmetric_kl
 from smart_kernels.smart import objective
 
 DEVICE = "cuda"
@@ -20,9 +20,24 @@ def test_symmetric_kl(classes: int, dtype: torch.dtype) -> None:
     b = 2 * torch.randn(6, classes, dtype=torch.float64)
     a = b + torch.tensor([1e-6, 1e-4, 1e-2, 0.5, 5, 0]).unsqueeze(-1) * torch.randn_like(b)
     a, b = a.to(dtype), b.to(dtype)
-    truth = SymmetricKL(a, b)
+    truth = Divergence(a, b)
     x, y = (logits.to(DEVICE).requires_grad_() for logits in (a, b))
     loss = symmetric_kl(x, y, reduction="none")
+    loss.sum().backward()
+    truth.check_loss(loss.detach().cpu())
+    truth.check_grads(x.grad.cpu(), y.grad.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("classes", [3, 33, 1000, 9001, 131072])
+@pytest.mark.parametrize("kind", list(reference.KINDS)[1:])
+def test_every_kind(kind: str, classes: int, dtype: torch.dtype) -> None:
+    b = 2 * torch.randn(6, classes, dtype=torch.float64)
+    a = b + torch.tensor([1e-6, 1e-4, 1e-2, 0.5, 5, 0]).unsqueeze(-1) * torch.randn_like(b)
+    a, b = a.to(dtype), b.to(dtype)
+    truth = Divergence(a, b, kind, 0.3, 1.7)
+    x, y = (logits.to(DEVICE).requires_grad_() for logits in (a, b))
+    loss = divergence(x, y, kind, reduction="none", beta=0.3, temperature=1.7)
     loss.sum().backward()
     truth.check_loss(loss.detach().cpu())
     truth.check_grads(x.grad.cpu(), y.grad.cpu())

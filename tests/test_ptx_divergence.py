@@ -51,12 +51,20 @@ def logits(cols: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
-def check(tool: ModuleType, a: torch.Tensor, b: torch.Tensor, **options: bool) -> int:
+def check(
+    tool: ModuleType,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    kind: str = "symmetric_kl",
+    temperature: float = 1.0,
+    **options: bool,
+) -> int:
     """All within the bars; returns how many launches it took."""
+    code = list(reference.KINDS).index(kind), 0.3, temperature
     with executed(tool, **CHECKED | options) as launches:
-        loss, *grads = launchers.divergence_forward_backward(a, b, None, NONE, False, True, True)
+        loss, *grads = launchers.divergence_forward_backward(a, b, None, NONE, False, True, True, *code)
     assert not any(launch.races for launch in launches)
-    truth = Divergence(a, b)
+    truth = Divergence(a, b, kind, 0.3, temperature)
     truth.check_loss(loss)
     truth.check_grads(*grads)
     return len(launches)
@@ -66,6 +74,29 @@ def check(tool: ModuleType, a: torch.Tensor, b: torch.Tensor, **options: bool) -
 @pytest.mark.parametrize("cols", [2, 3, 33, 1000, 30522])
 def test_accuracy(tool: ModuleType, cols: int, dtype: torch.dtype) -> None:
     check(tool, *logits(cols, dtype))
+
+
+@pytest.mark.parametrize("kind", list(reference.KINDS)[1:])
+def test_accuracy_of_every_kind(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    a, b = logits(33, torch.float32)
+    a[10, 0] = b[11, 1] = -math.inf  # masked on one side
+    check(tool, a, b, kind)
+    check(tool, *logits(1000, torch.bfloat16), kind, 1.7)
+    check(tool, *(x[::3] for x in logits(9, torch.float64)), kind)
+    a, b = (x[1::3] for x in logits(9000, torch.float32))
+    assert check(tool, a, b, kind) == 3  # in splits
+    monkeypatch.setattr(tiles, "PROGRAMS", 1)
+    assert check(tool, a, b, kind, 0.6) == 1
+    same = a.clone()
+    with executed(tool):
+        code = list(reference.KINDS).index(kind)
+        results = launchers.divergence_forward_backward(a, same, None, SUM, False, True, True, code)
+    assert all((result == 0).all() for result in results)
+
+
+@pytest.mark.parametrize("cols", [33, 9000])
+def test_accuracy_with_a_temperature(tool: ModuleType, cols: int) -> None:
+    check(tool, *logits(cols, torch.float32), temperature=1.7)
 
 
 @triton.constexpr_function

@@ -151,10 +151,10 @@ def test_directions(adversary: str, classes: int, frozen_words: bool, norm: str)
 
 def test_fisher_draws_with_the_fisher_information_as_covariance() -> None:
     """20 000 draws: each entry of the covariance, of size 0.1, is known to 0.1 * sqrt(2 / 20 000) = 0.001."""
-    from smart_kernels.smart.divergence import SymmetricKL
+    from smart_kernels.smart.divergence import Classes
 
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    (z,) = SymmetricKL().fisher((p.log().expand(20_000, -1),), torch.Generator().manual_seed(0))
+    (z,) = Classes().fisher((p.log().expand(20_000, -1),), torch.Generator().manual_seed(0))
     expected = p.diag() - p[:, None] * p
     assert (z.T @ z / len(z) - expected).abs().max() < 0.006
     torch.testing.assert_close(z.sum(1), torch.zeros(len(z)), rtol=0, atol=1e-6)
@@ -162,10 +162,10 @@ def test_fisher_draws_with_the_fisher_information_as_covariance() -> None:
 
 def test_predicted_keeps_its_digits_where_the_model_is_sure() -> None:
     """p - 1 would be 0 in float32 here, and the perturbation the noise."""
-    from smart_kernels.smart.divergence import SymmetricKL
+    from smart_kernels.smart.divergence import Classes
 
     logits = torch.tensor([[20.0, 0.0, 1.0]])
-    (cotangent,) = SymmetricKL().predicted((logits,))
+    (cotangent,) = Classes().predicted((logits,))
     p = logits.double().softmax(-1)[0]
     expected = torch.tensor([-(p[1] + p[2]), p[1], p[2]])
     torch.testing.assert_close(cotangent[0].double(), expected.double(), rtol=1e-5, atol=0)

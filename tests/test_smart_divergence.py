@@ -9,7 +9,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from smart_kernels.smart.divergence import Custom, SquaredError, SymmetricKL, choose_divergence
+from smart_kernels import divergence as divergence_of
+from smart_kernels import reference
+from smart_kernels.smart.divergence import Classes, Custom, SquaredError, choose_divergence
 
 GPT2 = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=7, bos_token_id=1, eos_token_id=2)
 BERT = transformers.BertConfig(
@@ -48,6 +50,28 @@ def test_classes() -> None:
     a, b = logits(4, 3), logits(4, 3)
     check(a, b, {"labels": torch.tensor([0, 1, 2, -100])}, rows(a, b).mean())  # R_s needs no label
     check(a, b, {}, rows(a, b).mean())
+
+
+@pytest.mark.parametrize("kind", reference.KINDS)
+def test_every_kind(kind: str) -> None:
+    a, b = logits(4, 3), logits(4, 3)
+    check(a, b, {}, divergence_of(a, b, kind, reduction="mean"), kind=kind)
+    start = logits(4, 3), logits(4, 3)
+    end = logits(4, 3), logits(4, 3)
+    of_both = (divergence_of(*start, kind, reduction="mean") + divergence_of(*end, kind, reduction="mean")) / 2
+    check((start[0], end[0]), (start[1], end[1]), {}, of_both, kind=kind)
+    a, b = logits(2, 4, 3), logits(2, 4, 3)
+    labels = torch.tensor([[0, 1, -100, 2], [-100, 1, -100, -100]])
+    counted = divergence_of(a, b, kind, reduction="none")[labels != -100]
+    check(a, b, {"labels": labels, "attention_mask": torch.ones(2, 4)}, counted.mean(), kind=kind)
+    for other in ("predicted", "fisher"):  # the clean pass alone tells, so whichever divergence is meant
+        found = [
+            getattr(choose_divergence(k, (a,), {}, PLAIN), other)(
+                (a,), *([torch.Generator().manual_seed(0)] if other == "fisher" else [])
+            )
+            for k in (kind, "symmetric_kl")
+        ]
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 def test_numbers() -> None:
@@ -89,8 +113,8 @@ def test_spans() -> None:
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     parts = [(rows(x[:1], y[:1]) + rows(x[1:, :2], y[1:, :2])).sum() / 2 for x, y in zip(a, b, strict=True)]
     check(a, b, {"attention_mask": mask}, (parts[0] + parts[1]) / 2)
-    assert SymmetricKL(absent=mask == 0).count(a) == 2
-    for cotangent in SymmetricKL(absent=mask == 0).predicted(a):
+    assert Classes(absent=mask == 0).count(a) == 2
+    for cotangent in Classes(absent=mask == 0).predicted(a):
         assert (cotangent[mask == 0] == 0).all()
 
 
@@ -108,9 +132,9 @@ def test_a_callable_gets_logits_and_batch() -> None:
     torch.testing.assert_close(of_five(a, b), weighted(a[0], b[0], batch) * 2 / 5)
     (cotangent,) = divergence.cotangent(a, b)
     torch.testing.assert_close(cotangent, 2 * (a[0] - b[0]) * batch["weights"][:, None])
-    torch.testing.assert_close(divergence.predicted(a), SymmetricKL().predicted(a))
+    torch.testing.assert_close(divergence.predicted(a), Classes().predicted(a))
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-    torch.testing.assert_close(divergence.fisher(a, generators[0]), SymmetricKL().fisher(a, generators[1]))
+    torch.testing.assert_close(divergence.fisher(a, generators[0]), Classes().fisher(a, generators[1]))
     with pytest.raises(ValueError, match=r"divergence: the callable returned shape \(2,\), expected a scalar"):
         choose_divergence(lambda input, target, batch: input[:, 0], a, batch, PLAIN)(a, b)
     with pytest.raises(ValueError, match="divergence: the callable returned float"):
@@ -140,5 +164,5 @@ def test_does_not_guess() -> None:
     for shapes in ([(2, 3, 4, 5)], [(2, 3)] * 3):
         with pytest.raises(ValueError, match="divergence: got 'auto' with logits of shape"):
             choose_divergence("auto", tuple(logits(*shape) for shape in shapes), {}, PLAIN)
-    assert isinstance(choose_divergence("symmetric_kl", (logits(4, 3),), {"labels": logits(4, 3)}, PLAIN), SymmetricKL)
+    assert isinstance(choose_divergence("symmetric_kl", (logits(4, 3),), {"labels": logits(4, 3)}, PLAIN), Classes)
     assert isinstance(choose_divergence("squared_error", (logits(4, 3),), {}, PLAIN), SquaredError)

@@ -10,7 +10,7 @@ from extension import run_again
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("which", ["accuracy", "not accuracy"])  # for two cores
+@pytest.mark.parametrize("which", ["30522", "not 30522"])  # which take as long
 def test_interpreted(which: str) -> None:
     """In a process of its own: Triton chooses between compiler and interpreter when it is imported."""
     run_again(Path(__file__).with_name("test_divergence.py"), f"Triton and {which}", TRITON_INTERPRET="1")

@@ -5,8 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -62,28 +60,20 @@ double normaliser(const Tensor& input, const Weight& weight, int64_t rows, int64
 
 // Whether a row's exponentials wait for its second reading, or are made anew then. What does not fit in the second cache
 // comes back from the third; that takes longer than to make them by vectors of 64 bytes, and less than by shorter ones.
-bool exponentials_wait(const Rows& a, const Rows& b, ScalarType dtype) {
-  const int64_t waiting = 2 * (dtype == ScalarType::Double ? 8 : 4), logits = a.itemsize() + b.itemsize();
-  return isa() != Isa::avx512 || a.cols() * (waiting + logits) <= second_cache_bytes();
-}
-
-// What a divergence cannot exceed: its value for distributions that have no class in common
-double greatest(Kind kind, double beta) {
-  switch (kind) {
-    case Kind::js: return -beta * std::log(beta) - (1 - beta) * std::log1p(-beta);
-    case Kind::hellinger:
-    case Kind::total_variation: return 1;
-    default: return std::numeric_limits<double>::infinity();
-  }
+// The logits of the next row are asked for meanwhile where they fit in beside.
+void plan_readings(DivergenceJob& job, ScalarType dtype) {
+  const int64_t waiting = 2 * (dtype == ScalarType::Double ? 8 : 4), logits = job.a.itemsize() + job.b.itemsize();
+  job.wait = isa() != Isa::avx512 || job.a.cols() * (waiting + logits) <= second_cache_bytes();
+  job.ahead = job.a.cols() * ((job.wait ? waiting : 0) + 2 * logits) <= second_cache_bytes();
 }
 
 DivergenceJob make_job(
     const Tensor& input, const Tensor& target, const Weight& weight, int64_t reduction, bool detach, int64_t kind,
     double beta, double temperature) {
-  STD_TORCH_CHECK(kind >= 0 && kind <= int64_t(Kind::total_variation), "divergence: unknown kind ", kind);
+  STD_TORCH_CHECK(kind >= 0 && kind <= int64_t(kLastKind), "divergence: unknown kind ", kind);
   DivergenceJob job{
       Rows(input), Rows(target), data_or_null(weight), nullptr, false, 1.0, detach,
-      Kind(kind), beta, 1 / temperature, greatest(Kind(kind), beta), true};
+      Kind(kind), beta, 1 / temperature, greatest(Kind(kind), beta), true, false};
   STD_TORCH_CHECK(
       job.a.rows() == job.b.rows() && job.a.cols() == job.b.cols(), "divergence: input and target differ in shape");
   STD_TORCH_CHECK(
@@ -91,7 +81,7 @@ DivergenceJob make_job(
                   weight->scalar_type() == compute_dtype(input)),
       "divergence: weight must be contiguous, one per row, in the dtype of the arithmetic");
   job.scale = normaliser(input, weight, job.a.rows(), reduction);
-  job.wait = exponentials_wait(job.a, job.b, compute_dtype(input));
+  plan_readings(job, compute_dtype(input));
   return job;
 }
 
@@ -188,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_backward(
 Tensor in_place(
     Tensor rows, Weight weight, Weight scale, bool difference, bool gradients, bool detach, int64_t kind, double beta,
     double temperature) {
-  STD_TORCH_CHECK(kind >= 0 && kind <= int64_t(Kind::total_variation), "divergence_rows_: unknown kind ", kind);
+  STD_TORCH_CHECK(kind >= 0 && kind <= int64_t(kLastKind), "divergence_rows_: unknown kind ", kind);
   STD_TORCH_CHECK(
       rows.dim() == 3 && rows.is_contiguous() && (rows.size(0) == 2 || (rows.size(0) == 3 && difference && !detach)) &&
           (rows.scalar_type() == ScalarType::Float || rows.scalar_type() == ScalarType::Double),
@@ -205,8 +195,8 @@ Tensor in_place(
   DivergenceJob job{
       Rows(a, dtype, itemsize, count, cols), Rows(b, dtype, itemsize, count, cols), data_or_null(weight),
       data_or_null(scale), scale && scale->numel() == count, 1.0, detach, Kind(kind), beta, 1 / temperature,
-      greatest(Kind(kind), beta), true};
-  job.wait = exponentials_wait(job.a, job.b, dtype);
+      greatest(Kind(kind), beta), true, false};
+  plan_readings(job, dtype);
   job.difference = difference;
   job.in_place = true;
   if (gradients) {

@@ -1,11 +1,10 @@
 // What a CPU thread needs to know to do a range of rows of a divergence.
 #pragma once
 
+#include "cpu/kinds.h"
 #include "cpu/rows.h"
 
 namespace smart_kernels {
-
-enum class Kind : int64_t { symmetric_kl, kl, reverse_kl, js, hellinger, total_variation };  // as in reference.py
 
 struct DivergenceJob {
   Rows a, b;
@@ -19,6 +18,7 @@ struct DivergenceJob {
   double inverse;        // 1 / temperature
   double greatest;       // which the divergence cannot exceed
   bool wait;             // the exponentials of a row may wait for its second reading
+  bool ahead;            // the next row may be asked for meanwhile
   void *losses = nullptr, *grad_a = nullptr, *grad_b = nullptr;  // each contiguous, or null: not wanted
   bool difference = false;    // what stands for a is a - b
   bool in_place = false;      // the gradients take the logits' place

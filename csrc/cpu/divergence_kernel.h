@@ -44,11 +44,9 @@ template <typename T, typename F>
 SK_INLINE void for_columns(int64_t begin, int64_t end, bool masked, F&& f) {
   constexpr int N = kLanes<T>;
   int64_t j = begin;
-  if (masked)
-    for (; j + N <= end; j += N) f(std::true_type{}, j, N);
-  else
+  if (!masked)
     for (; j + N <= end; j += N) f(std::false_type{}, j, N);
-  if (j < end) f(std::true_type{}, j, static_cast<int>(end - j));
+  for (; j < end; j += N) f(std::true_type{}, j, static_cast<int>(std::min<int64_t>(N, end - j)));
 }
 
 // The first n lanes, all of them written as one
@@ -159,7 +157,9 @@ void advance(LongRow<T>& row, const Survey<T>& at, Block<T>& block) {
   const T max_a = std::max(row.max_a, at.max_a), max_b = std::max(row.max_b, at.max_b), centre = max_a - max_b;
   row.low = std::min(row.low, at.low);
   row.high = std::max(row.high, at.high);
-  block = {max_a, max_b, row.within(at.low, at.high, centre), true};
+  // At a centre so far that d is rounded to more than 1/64, equal d may be of logits that are not.
+  const bool resolved = std::abs(centre) * row.inverse < T(1) / (64 * std::numeric_limits<T>::epsilon());
+  block = {max_a, max_b, resolved && row.within(at.low, at.high, centre), true};
   Sums& of = row.sums;
   const bool moves = (max_a != row.max_a || max_b != row.max_b) && of.w > 0;
   const double shift = moves ? (double(centre) - row.centre()) * row.inverse : 0;
@@ -252,6 +252,18 @@ struct Wanted {
   T *grad_a, *grad_b, *both;  // the last for their sum
 };
 
+// What is read next from memory: asked for while this block is computed, so that memory is never idle. A step of 0 asks for
+// what is here already.
+struct Next {
+  const char *a, *b;
+  int64_t step_a, step_b;  // bytes to the next class
+
+  SK_INLINE void prefetch(int64_t j) const {
+    __builtin_prefetch(a + j * step_a, 0, 2);
+    __builtin_prefetch(b + j * step_b, 0, 2);
+  }
+};
+
 // A row's classes, once all of its sums are known, as they are read in a block
 template <typename T, bool given, Way way, bool waiting, bool scaled>
 class Reader {
@@ -303,12 +315,13 @@ class Reader {
 template <typename T, bool given, Way way, bool waiting, bool scaled>
 double finish(
     const LongRow<T>& row, const Block<T>& block, const T* a, const T* b, int64_t cols, const T* wait_a,
-    const T* wait_b, const Wanted<T>& want) {
+    const T* wait_b, const Wanted<T>& want, const Next next) {
   const Reader<T, given, way, waiting, scaled> classes(row, block, a, b, wait_a, wait_b);
   const T scale = row.scale, own = want.detach ? T(0) : scale, own_pq = own * row.kl_pq, own_qp = own * row.kl_qp;
   T *const grad_a = want.grad_a, *const grad_b = want.grad_b;
   Vec<T> loss{};
   for_columns<T>(0, cols, row.careful, [&](auto checked, int64_t j, int n) SK_LAMBDA {
+    next.prefetch(j);
     const Classes<T> of = classes.template read<checked>(j, n);
     loss += of.x * of.t;
     const Vec<T> scaled_x = rounded(of.x * scale);
@@ -323,12 +336,13 @@ double finish(
 template <typename T, bool given, Kind kind, Way way, bool waiting, bool sums, bool gradients>
 void finish_kind(
     const LongRow<T>& row, const Block<T>& block, const T* a, const T* b, int64_t cols, const T* wait_a,
-    const T* wait_b, const Wanted<T>& want, T beta, Totals& totals) {
+    const T* wait_b, const Wanted<T>& want, const Next next, T beta, Totals& totals) {
   const Reader<T, given, way, waiting, true> classes(row, block, a, b, wait_a, wait_b);
   const T scale = row.scale, loss = T(totals.loss), mean_a = T(totals.mean_a), mean_b = T(totals.mean_b);
   T *const grad_a = want.grad_a, *const grad_b = want.grad_b;
   Vec<T> term{}, slope_a{}, slope_b{};
   for_columns<T>(0, cols, row.careful, [&](auto checked, int64_t j, int n) SK_LAMBDA {
+    if constexpr (gradients) next.prefetch(j);
     const Classes<T> of = classes.template read<checked>(j, n);
     Parts<T> part = parts<kind, T>(of, beta);
     if constexpr (sums) {
@@ -344,22 +358,6 @@ void finish_kind(
   });
   if constexpr (sums) totals.loss += reduce_add<T>(term);
   if constexpr (sums && !gradients) totals.mean_a += reduce_add<T>(slope_a), totals.mean_b += reduce_add<T>(slope_b);
-}
-
-// f(kind, scaled) of a job, both known when compiled: the symmetric KL alone has a version of its own for a temperature of 1.
-template <typename F>
-SK_INLINE auto with_kind(const DivergenceJob& job, F&& f) {
-  const auto any = [&]<Kind kind>(std::integral_constant<Kind, kind> it) SK_LAMBDA { return f(it, std::true_type{}); };
-  switch (job.kind) {
-    case Kind::kl: return any(std::integral_constant<Kind, Kind::kl>{});
-    case Kind::reverse_kl: return any(std::integral_constant<Kind, Kind::reverse_kl>{});
-    case Kind::js: return any(std::integral_constant<Kind, Kind::js>{});
-    case Kind::hellinger: return any(std::integral_constant<Kind, Kind::hellinger>{});
-    case Kind::total_variation: return any(std::integral_constant<Kind, Kind::total_variation>{});
-    default: break;
-  }
-  const std::integral_constant<Kind, Kind::symmetric_kl> symmetric{};
-  return job.inverse == 1 ? f(symmetric, std::false_type{}) : f(symmetric, std::true_type{});
 }
 
 // kLanes rows at once, turned: vector j holds class j of each, with room for a tile that is not full.
@@ -660,7 +658,7 @@ class LongRows {
         room_(new T[2 * (together_ + 1) * side_ + (waits_apart() ? 2 * together_ * cols_ : 0)]),
         done_(new Block<T>[together_ * blocks_]) {
     sum_ = job.inverse == 1 ? &LongRows::template sum<false> : &LongRows::template sum<true>;
-    write_ = with_kind(job, [&](auto kind, auto scaled) { return &LongRows::template write<kind, scaled>; });
+    write_ = with_kind(job.kind, job.inverse != 1, [&](auto kind, auto scaled) { return &LongRows::template write<kind, scaled>; });
   }
 
   void run(int64_t begin, int64_t end) {
@@ -677,7 +675,7 @@ class LongRows {
       }
       for (int i = 0; i < count; ++i)
         if (rows_[i].counts) settle(i);
-      for (int i = 0; i < count; ++i) (this->*write_)(i, first + i);
+      for (int i = 0; i < count; ++i) (this->*write_)(i, first + i, std::min(first + i + together_, end - 1));
       if (losses)
         for (int i = 0; i < count; ++i) losses[first + i] = rows_[i].loss;
     }
@@ -789,23 +787,32 @@ class LongRows {
   template <Kind kind>
   Totals sum_kind(int i) {
     LongRow<T>& row = rows_[i];
-    Totals totals = sums_of<kind>(row.kl_pq, row.kl_qp);
+    Totals totals = sums_of(kind, row.kl_pq, row.kl_qp);
     if constexpr (!known(kind)) {
       totals = {};
       for (int64_t k = 0; k < blocks_; ++k) {
         if (blocks_ > 1) a_[i] = a(i, k), b_[i] = b(i, k);
         in_its_way<kind>(i, k, false, [&](auto way, auto waits, const T* wait_a, const T* wait_b) SK_LAMBDA {
           finish_kind<T, given, kind, way, waits, true, false>(
-              row, row.blocks[k], a_[i], b_[i], size(k), wait_a, wait_b, {}, T(job_.beta), totals);
+              row, row.blocks[k], a_[i], b_[i], size(k), wait_a, wait_b, {}, {}, T(job_.beta), totals);
         });
       }
     }
     return totals;
   }
 
+  // The block of another row that is to be read later
+  Next ahead(int64_t index, int64_t k) const {
+    const auto at = [&](const Rows& x, const void* row) {
+      return static_cast<const char*>(row) + begin(k) * x.column_stride() * x.itemsize();
+    };
+    const auto step = [&](const Rows& x) { return job_.ahead ? x.column_stride() * x.itemsize() : 0; };
+    return {at(job_.a, job_.a.row(index)), at(job_.b, job_.b.row(index)), step(job_.a), step(job_.b)};
+  }
+
   // Its loss and its gradients
   template <Kind kind, bool scaled>
-  void write(int i, int64_t index) {
+  void write(int i, int64_t index, int64_t next) {
     LongRow<T>& row = rows_[i];
     const bool apart = !row.near && std::min(row.kl_pq, row.kl_qp) >= kApart<T>;
     const bool one_by_one = kind == Kind::symmetric_kl && !(given && job_.grad_both);
@@ -827,11 +834,11 @@ class LongRows {
         in_its_way<kind>(i, k, apart && one_by_one, [&](auto way, auto waits, const T* wait_a, const T* wait_b) SK_LAMBDA {
           if constexpr (kind == Kind::symmetric_kl)
             if (one_by_one)
-              loss += finish<T, given, way, waits, scaled>(row, block, a_[i], b_[i], cols, wait_a, wait_b, want);
+              loss += finish<T, given, way, waits, scaled>(row, block, a_[i], b_[i], cols, wait_a, wait_b, want, ahead(next, k));
           if constexpr (given || kind != Kind::symmetric_kl)
             if (!one_by_one && (known(kind) || want.grad_a || want.grad_b))
               finish_kind<T, given, kind, way, waits, known(kind), true>(
-                  row, block, a_[i], b_[i], cols, wait_a, wait_b, want, T(job_.beta), totals);
+                  row, block, a_[i], b_[i], cols, wait_a, wait_b, want, ahead(next, k), T(job_.beta), totals);
         });
       } else {
         const T gradient = row.loss == T(0) ? T(0) : kNan<T>;
@@ -856,7 +863,7 @@ class LongRows {
   const std::unique_ptr<T[]> room_;
   const std::unique_ptr<Block<T>[]> done_;
   void (LongRows::*sum_)(int, int64_t, const Survey<T>&);
-  void (LongRows::*write_)(int, int64_t);
+  void (LongRows::*write_)(int, int64_t, int64_t);
   LongRow<T> rows_[kMaxTogether];
   const T *a_[kMaxTogether], *b_[kMaxTogether];
 };
@@ -874,7 +881,7 @@ void run_short(const DivergenceJob& job, int64_t begin, int64_t end) {
   const T common = T(job.scale * job.inverse * (upstream && !row_upstream ? upstream[0] : T(1)));
 
   ShortRows<T> of(job);
-  const auto run_kind = with_kind(job, [&](auto kind, auto scaled) { return &ShortRows<T>::template run<kind, scaled>; });
+  const auto run_kind = with_kind(job.kind, job.inverse != 1, [&](auto kind, auto scaled) { return &ShortRows<T>::template run<kind, scaled>; });
   const T own = job.detach_targets ? T(0) : T(1);
   T scratch[kMaxTransposed * N + N];
   std::memset(of.a, 0, cols * sizeof *of.a);  // lanes that never hold a row hold numbers

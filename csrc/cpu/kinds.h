@@ -1,5 +1,46 @@
-// The kinds of divergences: of each one function, as in reference.py, and a row in two tables. Included once per
-// instruction set by divergence_kernel.h.
+// The kinds of divergences: of each one function, as in reference.py, and its row in the tables. What is for vectors is
+// included once per instruction set by divergence_kernel.h.
+#ifndef SMART_KERNELS_KINDS
+#define SMART_KERNELS_KINDS
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace smart_kernels {
+
+enum class Kind : int64_t { symmetric_kl, kl, reverse_kl, js, hellinger, total_variation };  // as in reference.py
+constexpr Kind kLastKind = Kind::total_variation;
+
+// What a divergence cannot exceed: its value for distributions that have no class in common
+inline double greatest(Kind kind, double beta) {
+  switch (kind) {
+    case Kind::js: return -beta * std::log(beta) - (1 - beta) * std::log1p(-beta);
+    case Kind::hellinger:
+    case Kind::total_variation: return 1;
+    default: return std::numeric_limits<double>::infinity();
+  }
+}
+
+// Whether a class that is masked in the input alone makes a divergence infinite; in the target alone.
+constexpr bool infinite_without_p(Kind kind) { return kind == Kind::symmetric_kl || kind == Kind::kl; }
+constexpr bool infinite_without_q(Kind kind) { return kind == Kind::symmetric_kl || kind == Kind::reverse_kl; }
+
+// Sums over a row: of a divergence, and of what its gradients are centred by
+struct Totals {
+  double loss = 0, mean_a = 0, mean_b = 0;
+};
+
+// Whether the latter follow from KL(p||q) and KL(q||p), so that the loss is summed while the gradients are written.
+constexpr bool known_sums(Kind kind) { return kind <= Kind::reverse_kl; }
+inline Totals sums_of(Kind kind, double kl_pq, double kl_qp) {
+  return {0, kind == Kind::kl ? 0 : kl_pq, kind == Kind::reverse_kl ? 0 : kl_qp};
+}
+
+}  // namespace smart_kernels
+
+#endif
+#ifdef SK_ISA
 
 namespace smart_kernels::SK_ISA {
 
@@ -15,23 +56,6 @@ template <typename T>
 struct Parts {
   Vec<T> term, slope_a, slope_b;
 };
-
-// Sums of these over a row
-struct Totals {
-  double loss = 0, mean_a = 0, mean_b = 0;
-};
-
-// Whether a class that is masked in the input alone makes a divergence infinite; in the target alone.
-constexpr bool infinite_without_p(Kind kind) { return kind == Kind::symmetric_kl || kind == Kind::kl; }
-constexpr bool infinite_without_q(Kind kind) { return kind == Kind::symmetric_kl || kind == Kind::reverse_kl; }
-
-// Whether the sums that its gradients are centred by follow from KL(p||q) and KL(q||p), so that its loss is summed while
-// they are written.
-constexpr bool known_sums(Kind kind) { return kind <= Kind::reverse_kl; }
-template <Kind kind>
-Totals sums_of(double kl_pq, double kl_qp) {
-  return {0, kind == Kind::kl ? 0 : kl_pq, kind == Kind::reverse_kl ? 0 : kl_qp};
-}
 
 // x - q log((q + x) / q) >= 0, given the logarithm: q (expm1(log) - log), whose first terms cancel where it is small
 template <typename T>
@@ -117,4 +141,22 @@ SK_INLINE Vec<T> centred(Vec<T> p, Vec<T> slope, Sum mean, Sum other_mean, Sum l
   }
 }
 
+// f(kind, scaled), both known when compiled: the symmetric KL alone has a version of its own for a temperature of 1.
+template <typename F>
+SK_INLINE auto with_kind(Kind kind, bool scaled, F&& f) {
+  const auto any = [&]<Kind kind>(std::integral_constant<Kind, kind> it) SK_LAMBDA { return f(it, std::true_type{}); };
+  switch (kind) {
+    case Kind::kl: return any(std::integral_constant<Kind, Kind::kl>{});
+    case Kind::reverse_kl: return any(std::integral_constant<Kind, Kind::reverse_kl>{});
+    case Kind::js: return any(std::integral_constant<Kind, Kind::js>{});
+    case Kind::hellinger: return any(std::integral_constant<Kind, Kind::hellinger>{});
+    case Kind::total_variation: return any(std::integral_constant<Kind, Kind::total_variation>{});
+    default: break;
+  }
+  const std::integral_constant<Kind, Kind::symmetric_kl> symmetric{};
+  return scaled ? f(symmetric, std::true_type{}) : f(symmetric, std::false_type{});
+}
+
 }  // namespace smart_kernels::SK_ISA
+
+#endif

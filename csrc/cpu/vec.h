@@ -389,6 +389,11 @@ SK_INLINE Vec<float> log_of_parts(Vec<float> k, Vec<float> f) {
   return k * 0.693359375f + (f + y);
 }
 
+__attribute__((noinline)) inline Vec<double> log_lanes(Vec<double> x, Vec<double> y, Mask<double> near) {
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = near[i] ? std::log1p(y[i]) : std::log(x[i]);
+  return y;
+}
+
 // log(x) of a positive normal number, to 0.75 (0.85), or where `near` log(1 + y), for y in [-1/4, 1/4], to as much.
 template <typename T>
 SK_INLINE Vec<T> log_positive(Vec<T> x, Vec<T> y = Vec<T>{}, Mask<T> near = Mask<T>{}) {
@@ -399,8 +404,7 @@ SK_INLINE Vec<T> log_positive(Vec<T> x, Vec<T> y = Vec<T>{}, Mask<T> near = Mask
     const Vec<T> f = (Vec<T>)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
     return log_of_parts(near ? Vec<T>{} : k, near ? y : f);
   } else {
-    for (int i = 0; i < kLanes<T>; ++i) y[i] = near[i] ? std::log1p(y[i]) : std::log(x[i]);
-    return y;
+    return log_lanes(x, y, near);
   }
 }
 

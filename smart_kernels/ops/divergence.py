@@ -105,8 +105,8 @@ def _loss(
     if (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)) or forward_ad._current_level >= 0:
         apply = _Differentiable.apply if torch._C._are_functorch_transforms_active() else _apply
         return apply(input, target, weight, *options)  # type: ignore[no-any-return, no-untyped-call]
-    loss = _forward_backward(input, target, weight, *options[:2], False, False, *options[2:])[0]
-    return loss  # type: ignore[no-any-return]
+    wanted = REDUCTION[reduction], detach_targets, False, False, kind, beta, temperature
+    return _forward_backward(input, target, weight, *wanted)[0]  # type: ignore[no-any-return]
 
 
 def divergence_grad(

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smart_kernels.ops.divergence import symmetric_kl, symmetric_kl_grad
+from smart_kernels import reference
+from smart_kernels.ops.divergence import divergence as divergence_of
+from smart_kernels.ops.divergence import divergence_grad
 from smart_kernels.smart.config import Logits
 from smart_kernels.smart.embedding import first_having
 
@@ -59,25 +61,31 @@ class Divergence(ABC):
         """sqrt(p) z - p (sqrt(p) . z), z ~ N(0, I): a draw with the covariance diag(p) - pp^T."""
 
 
-class SymmetricKL(Divergence):
-    """KL(p||q) + KL(q||p) of class probabilities: of examples, tokens or the ends of a span.
+class Classes(Divergence):
+    """A divergence of class probabilities: of examples, tokens or the ends of a span.
 
     Args:
+        kind: as in :func:`smart_kernels.divergence`.
         weight: what is counted, 0 or 1 for each row of the logits, or None for all.
         absent: positions that are no candidates of a span, True for those, or None.
         num_items: as in :class:`Divergence`.
     """
 
     def __init__(
-        self, weight: Tensor | None = None, absent: Tensor | None = None, num_items: float | Tensor | None = None
+        self,
+        kind: str = "symmetric_kl",
+        weight: Tensor | None = None,
+        absent: Tensor | None = None,
+        num_items: float | Tensor | None = None,
     ) -> None:
         super().__init__(num_items)
+        self._kind = kind
         self._weight = weight
         self._absent = absent
 
     def __call__(self, input: Logits, target: Logits) -> Tensor:
         """The mean over what is counted, and over start and end; 0 where nothing is."""
-        parts = [symmetric_kl(a, b, self._weight, "sum") for a, b in self._pairs(input, target)]
+        parts = [divergence_of(a, b, self._kind, self._weight, "sum") for a, b in self._pairs(input, target)]
         return self._mean(torch.stack(parts).mean(), input)
 
     def count(self, logits: Logits) -> float | Tensor:
@@ -88,7 +96,8 @@ class SymmetricKL(Divergence):
 
     def cotangent(self, input: Logits, target: Logits) -> Logits:
         """The gradient with respect to `input`, by the kernel that writes that one alone."""
-        return tuple(symmetric_kl_grad(_wide(a), _wide(b), self._weight, "sum") for a, b in self._pairs(input, target))
+        pairs = ((_wide(a), _wide(b)) for a, b in self._pairs(input, target))
+        return tuple(divergence_grad(a, b, self._kind, self._weight, "sum") for a, b in pairs)
 
     def predicted(self, logits: Logits) -> Logits:
         """P - onehot(argmax p)."""
@@ -223,8 +232,8 @@ def choose_divergence(
     if callable(divergence):
         # A callable knows what real-valued labels of (B, C) mean: what is asked here does not depend on it.
         several = len(logits) == 1 and logits[0].dim() == 2 and logits[0].size(1) > 1
-        kind = "symmetric_kl" if several else "auto"
-        return Custom(divergence, batch, lambda: choose_divergence(kind, logits, batch, model, None, calls), num_items)
+        like = "symmetric_kl" if several else "auto"
+        return Custom(divergence, batch, lambda: choose_divergence(like, logits, batch, model, None, calls), num_items)
     shape = logits[0].shape
     labels, mask = (batch.get(key) if isinstance(batch, Mapping) else None for key in ("labels", "attention_mask"))
     if divergence == "squared_error":
@@ -234,15 +243,17 @@ def choose_divergence(
             "divergence: got 'auto' with embeddings of sentences, which are no logits; expected 'squared_error' or a "
             "callable"
         )
+    kind = divergence if divergence in reference.KINDS else "symmetric_kl"
     if len(logits) == 2 and calls is None:
-        return SymmetricKL(absent=None if mask is None or mask.shape != shape else mask == 0, num_items=num_items)
+        return Classes(kind, absent=None if mask is None or mask.shape != shape else mask == 0, num_items=num_items)
     if divergence == "auto":
         if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1):
             return SquaredError(num_items)
         if isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape == shape:
             raise ValueError(
                 "divergence: got 'auto' with real-valued labels of the logits' shape, which may be numbers, "
-                "independent classes or probabilities; expected 'squared_error', 'symmetric_kl' or a callable"
+                "independent classes or probabilities; expected 'squared_error', a divergence of classes such "
+                "as 'symmetric_kl', or a callable"
             )
         if len(shape) not in (2, 3) or (len(logits) > 2 and calls is None):
             shapes = ", ".join(str(tuple(x.shape)) for x in logits)
@@ -251,14 +262,14 @@ def choose_divergence(
                 "(B, L); for others, a callable"
             )
     if len(shape) == 2 or len(logits) > 1:
-        return SymmetricKL(num_items=num_items)
+        return Classes(kind, num_items=num_items)
     counted = _rows(mask, shape, batch)
     counted = None if counted is None else counted > 0
     labelled = _rows(labels, shape, batch)
     if labelled is not None:
         counted = labelled != IGNORED
         counted = nn.functional.pad(counted[:, 1:], (0, 1)) if _predicts_next(model) else counted
-    return SymmetricKL(counted, num_items=num_items)
+    return Classes(kind, counted, num_items=num_items)
 
 
 def _rows(values: Any, shape: torch.Size, batch: Mapping[str, Any]) -> Tensor | None:

@@ -1,8 +1,8 @@
 """Divergences of two tensors of logits in Triton: one kernel for all kinds, and the launchers of its ops.
 
-With p = softmax(a / T), q = softmax(b / T), t = log(p / q), w = p + q and x = p - q, a row's loss is a sum over classes of
-what `kinds.py` makes of p, q, x and t: Σ x t for the symmetric KL. No term of it is negative, and neither t nor x is formed
-from two logarithms or probabilities that agree in all but the last digits:
+With p = softmax(a / T), q = softmax(b / T), t = log(p / q), w = p + q and x = p - q, a row's loss is a sum over classes
+of what `kinds.py` makes of p, q, x and t: Σ x t for the symmetric KL. No term of it is negative, and neither t nor x is
+formed from two logarithms or probabilities that agree in all but the last digits:
 
     t = (a - b) / T - s,  s = logsumexp(a / T) - logsumexp(b / T);   x = w tanh(t / 2), or p - q where |t| is not small.
 
@@ -12,9 +12,9 @@ the end all threads' parts are compared as if they were classes. For gradients t
 that registers have room for are still there, the others are read again. Where such rows are few, several programs share
 one: a first launch leaves the parts of each, a second merges them and writes the gradients.
 
-For the symmetric KL the survey's other sum, skew = Σ w t = KL(p||q) - KL(q||p), gives both divergences, and with them the
-gradients: ∂loss/∂a = p (t - KL(p||q)) + x, ∂loss/∂b = -q (t + KL(q||p)) - x. Of the other kinds the survey gives s alone;
-their loss and the sums that their gradients are centred by follow from a reading of the blocks in between.
+For the symmetric KL the survey's other sum, skew = Σ w t = KL(p||q) - KL(q||p), gives both divergences, and with them
+the gradients: ∂loss/∂a = p (t - KL(p||q)) + x, ∂loss/∂b = -q (t + KL(q||p)) - x. Of the other kinds the survey gives s
+alone; their loss and the sums that their gradients are centred by follow from a reading of the blocks in between.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _difference(p, q, d, s):
 
 @triton.jit
 def _compare(a, mass_a, b, mass_b, d, known, inverse):
-    """Compare distributions over classes of logits a / T + log(mass_a), b / T + log(mass_b), of which d is a / T - b / T.
+    """Compare distributions over classes of logits a / T + log(mass_a), b / T + log(mass_b); d = (a - b) / T.
 
     Returns w, x and t of each class, w and x times the sum of the softmax of a; of each row the reciprocal of that sum;
     the error of t, which `_settle` takes out of x; and what is known of the row: s, free of that error, the loss, the
@@ -342,10 +342,10 @@ def _divergence_kernel(
                 a_rows, b_rows, start, cols, a_col_stride, b_col_stride, mask, padding, COMPUTE, GIVEN
             )
             known = _compare_block(a, b, d, known, inverse, GROUPS, VECTOR)
-        each = ()
+        parts = ()
         for i in tl.static_range(7):
-            each += (known[i][None, :],)
-        known = _merge(each, inverse)
+            parts += (known[i][None, :],)
+        known = _merge(parts, inverse)
         if SPLITS > 1:
             for i in tl.static_range(7):
                 tl.store(parts_ptr + (i * n_rows.to(tl.int64) + rows) * SPLITS + split, known[i])
@@ -358,9 +358,9 @@ def _divergence_kernel(
             _, _, _, term, slope_a, slope_b = _parts(a, b, d, known, inverse, beta, KIND, DETACH)
             totals = _sums_of_three(term, slope_a, slope_b)
         elif STAGE == "finish":
-            totals = ()
-            for i in tl.static_range(7, 10):
-                totals += (tl.sum(tl.load(parts + i * n_parts), 1),)
+            parts += 7 * n_parts
+            term, slope_a, slope_b = tl.load(parts), tl.load(parts + n_parts), tl.load(parts + 2 * n_parts)
+            totals = _sums_of_three(term, slope_a, slope_b)
         else:
             none = tl.zeros((GROUPS,), COMPUTE)
             totals = none, none, none

@@ -43,7 +43,7 @@ def reverse_kl(p, q, x, t):
 
 @triton.jit
 def js(p, q, x, t, beta):
-    """beta KL(q||m) + (1 - beta) KL(p||m), m = beta q + (1 - beta) p."""
+    """The sum beta KL(q||m) + (1 - beta) KL(p||m), m = beta q + (1 - beta) p."""
     rest = 1 - beta
     m = beta * q + rest * p
     log_mq, log_mp = _log_ratio(q, m, rest * x), _log_ratio(p, m, -beta * x)
@@ -76,25 +76,23 @@ def parts(p, q, x, t, beta, KIND: tl.constexpr, DETACH: tl.constexpr):
             return symmetric_kl(p, q, x, t)
     elif KIND == "kl":
         return kl(p, q, x, t)
-    elif KIND == "reverse_kl":
+    if KIND == "reverse_kl":
         return reverse_kl(p, q, x, t)
-    elif KIND == "js":
+    if KIND == "js":
         return js(p, q, x, t, beta)
-    elif KIND == "hellinger":
+    if KIND == "hellinger":
         return hellinger(p, q, x, t)
-    else:
-        tl.static_assert(KIND == "total_variation")
-        return total_variation(p, q, x, t)
+    tl.static_assert(KIND == "total_variation")
+    return total_variation(p, q, x, t)
 
 
 @triton.jit
 def centred(p, slope, mean, other_mean, loss, KIND: tl.constexpr):
-    """p (f' - Σ p f') of a side, given the sums of both sides; see `reference.centred`."""
+    """A side's p (f' - Σ p f'), given the sums of both sides; see `reference.centred`."""
     if KIND == "total_variation":
         other = loss - other_mean
         return -p * tl.where(slope == 0, mean, tl.where(slope == -p, other, 0.5 * (mean + other)))
-    else:
-        return slope - p * mean
+    return slope - p * mean
 
 
 @triton.jit
@@ -105,13 +103,13 @@ def of_both(q, x, term, mean, loss, KIND: tl.constexpr):
 
 @triton.jit
 def _mass_times(q, log):
-    """q log(p / q), 0 where q is masked. Where p is, alone, 0 inf or -inf: no number that a loss could have."""
+    """Of q log(p / q), 0 where q is masked. Where p is, alone, 0 inf or -inf: no number that a loss could have."""
     return tl.where(log == float("inf"), 0, q * log)
 
 
 @triton.jit
 def _excess(q, x, log):
-    """x - q log((q + x) / q) >= 0, given the logarithm: q (expm1(log) - log), whose first terms cancel if it is small."""
+    """The difference x - q log((q + x) / q) >= 0, given the logarithm: a series for q (expm1(log) - log) if small."""
     if q.dtype == tl.float64:
         series = tl.full(q.shape, 1, q.dtype)
         for k in tl.static_range(16, 2, -1):
