@@ -9,9 +9,9 @@ import torch
 from extension import run_again
 
 pytest.importorskip("triton")
-from gpu_code import TARGETS, ahead_of_time
 from gpu_evidence import executed, ptxrun
 
+from gpu_code import TARGETS, ahead_of_time
 from smart_kernels import reference
 from smart_kernels.triton_kernels import divergence as launchers
 from smart_kernels.triton_kernels import tiles

@@ -96,7 +96,7 @@ def linear_divergence(
     """
     check_kind(kind, beta, temperature)
     check_options(reduction, detach_targets)
-    heads = _check(input, target, linear_weight, bias, target_linear_weight, target_bias)
+    heads: tuple[Tensor | None, ...] = _check(input, target, linear_weight, bias, target_linear_weight, target_bias)
     weight = check_weight(weight, input)
     softcap = _check_numbers(softcap, chunk_size)
     if detach_targets and kind != "symmetric_kl":
@@ -105,7 +105,7 @@ def linear_divergence(
     device = input.device.type
     if device != "cpu" and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
         # As in any linear layer; the hidden states' difference keeps its digits. A CPU's products are float32's anyhow.
-        heads = tuple(x.bfloat16() if x is not None and x.dtype == torch.float32 else x for x in heads)  # type: ignore[assignment]
+        heads = tuple(x.bfloat16() if x is not None and x.dtype == torch.float32 else x for x in heads)
     tensors = input, target, *heads, weight
     options = REDUCTION[reduction], detach_targets, KIND[kind], float(beta), float(temperature), softcap, chunk_size
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
@@ -199,7 +199,7 @@ def _check_numbers(softcap: float | None, chunk_size: int | None) -> float | Non
     return None if softcap is None else float(softcap)
 
 
-def _check_floating(name: str, x: Tensor, what: str, input: Tensor) -> None:
+def _check_floating(name: str, x: Tensor | None, what: str, input: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected {what}")
     if x.layout is not torch.strided:
@@ -233,14 +233,14 @@ def _check(
             if isinstance(target_bias, Tensor)
             else f"target_bias: got {type(target_bias).__name__} with no target_linear_weight, expected None"
         )
-    for name, head, hidden in (
-        ("linear_weight", linear_weight, input),
-        ("target_linear_weight", target_linear_weight, target),
+    for name, head, side, hidden in (
+        ("linear_weight", linear_weight, "input", input),
+        ("target_linear_weight", target_linear_weight, "target", target),
     ):
-        if head is None and name != "linear_weight":
+        if head is None and side == "target":
             continue
         _check_floating(name, head, "a tensor of shape (V, H)", input)
-        side = "input" if hidden is input else "target"
+        assert head is not None
         if head.dim() != 2 or not head.size(0) or head.size(1) != (hidden.size(-1) if hidden.dim() else -1):
             raise ValueError(
                 f"{name}: got shape {tuple(head.shape)}, expected (V, H) with V >= 1 and H the last size of {side}, "

@@ -142,23 +142,22 @@ def _load(rows, start, cols, col_stride, mask, other):
 
 
 @triton.jit
-def _load_pair(a_rows, b_rows, start, cols, a_stride, b_stride, mask, padding, COMPUTE: tl.constexpr, GIVEN: tl.constexpr):
+def _load_pair(
+    a_rows, b_rows, start, cols, a_stride, b_stride, mask, padding, COMPUTE: tl.constexpr, GIVEN: tl.constexpr
+):
     """The classes start + cols of a and b; with GIVEN a - b too, which stands for a, else None."""
     other = _load(a_rows, start, cols, a_stride, mask, 0 if GIVEN else padding).to(COMPUTE)
     b = _load(b_rows, start, cols, b_stride, mask, padding).to(COMPUTE)
+    a, d = other, None
     if GIVEN:
-        return other + b, b, other
-    else:
-        return other, b, None
+        a, d = other + b, other
+    return a, b, d
 
 
 @triton.jit
 def _minus(a, b, d):
-    """The given difference a - b, or what it is."""
-    if d is None:
-        return a - b
-    else:
-        return d
+    """The difference a - b, which may be given."""
+    return a - b if d is None else d
 
 
 @triton.jit
@@ -338,9 +337,7 @@ def _divergence_kernel(
         for i in range(KEPT, SPAN // BLOCK_N):
             start = begin + i * BLOCK_N
             mask = read[:, None] & (cols < N_COLS - start)
-            a, b, d = _load_pair(
-                a_rows, b_rows, start, cols, a_col_stride, b_col_stride, mask, padding, COMPUTE, GIVEN
-            )
+            a, b, d = _load_pair(a_rows, b_rows, start, cols, a_col_stride, b_col_stride, mask, padding, COMPUTE, GIVEN)
             known = _compare_block(a, b, d, known, inverse, GROUPS, VECTOR)
         parts = ()
         for i in tl.static_range(7):

@@ -24,9 +24,9 @@ def tanh_half(t):
 
 
 @triton.jit
-def symmetric_kl(p, q, x, t):
-    """KL(p||q) + KL(q||p)."""
-    return x * t, p * t + x, -q * t - x
+def symmetric_kl(p, q, x, t, DETACH: tl.constexpr):
+    """KL(p||q) + KL(q||p), with the target distribution of each of the two as a constant or not."""
+    return (x * t, x, -x) if DETACH else (x * t, p * t + x, -q * t - x)
 
 
 @triton.jit
@@ -68,13 +68,10 @@ def total_variation(p, q, x, t):
 
 @triton.jit
 def parts(p, q, x, t, beta, KIND: tl.constexpr, DETACH: tl.constexpr):
-    """Those of a kind. The symmetric KL needs them where the logits' difference is given, with targets detached or not."""
+    """Those of a kind: of the symmetric KL, its target detached or not, where the logits' difference is given."""
     if KIND == "symmetric_kl":
-        if DETACH:
-            return x * t, x, -x
-        else:
-            return symmetric_kl(p, q, x, t)
-    elif KIND == "kl":
+        return symmetric_kl(p, q, x, t, DETACH)
+    if KIND == "kl":
         return kl(p, q, x, t)
     if KIND == "reverse_kl":
         return reverse_kl(p, q, x, t)
