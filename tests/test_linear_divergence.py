@@ -196,13 +196,13 @@ def test_a_loss_scale_protects_narrow_gradients() -> None:
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_gradcheck(reduction: str, softcap: float | None) -> None:
-    tensors = hidden(3, 5, 7, 0.5, torch.float64)
+    tensors = hidden(2, 3, 4, 0.5, torch.float64)
 
     def loss(*tensors: torch.Tensor) -> torch.Tensor:
-        return call(list(tensors), reduction=reduction, softcap=softcap, chunk_size=2)
+        return call(list(tensors), reduction=reduction, softcap=softcap, chunk_size=1)
 
     assert gradcheck(loss, tensors)
-    others = [x.detach().requires_grad_() for x in (*hidden(3, 5, 7, 0.5, torch.float64), *tensors[2:])]
+    others = [x.detach().requires_grad_() for x in (*hidden(2, 3, 4, 0.5, torch.float64), *tensors[2:])]
     assert gradcheck(loss, others)
 
 
@@ -231,6 +231,7 @@ def test_a_frozen_head_and_what_is_not_asked_for() -> None:
         assert not linear_divergence(a, b, head).requires_grad
 
 
+@requires_extension  # the eager row function has further tensors of a chunk's size
 def test_memory_does_not_grow_with_the_rows() -> None:
     """Beyond arguments and results: the logits of a chunk, three numbers for each, and half as much beside."""
     taken = []
@@ -239,8 +240,7 @@ def test_memory_does_not_grow_with_the_rows() -> None:
         results = sum(x.nbytes for x in tensors)
         taken.append(peak_bytes(lambda tensors=tensors: call(tensors, chunk_size=16).backward()) - results)
     chunk = 3 * 16 * 4000 * 4
-    own = 9 if room._rows is reference.divergence_rows_ else 1.5
-    assert max(taken) < own * chunk
+    assert max(taken) < 1.5 * chunk
     assert abs(taken[1] - taken[0]) < 0.05 * chunk
 
 
@@ -357,7 +357,7 @@ def test_the_module() -> None:
     a, b, head, bias = (x.detach() for x in hidden(4, 6, 9, 0.1, torch.float32))
     module = LinearDivergenceLoss("js", "sum", 0.3, 2.0, 30.0, True, 2)
     assert "kind='js', reduction='sum', beta=0.3, temperature=2.0, softcap=30.0" in repr(module)
-    options = {"bias": bias, "reduction": "sum", "beta": 0.3, "temperature": 2.0, "softcap": 30.0}
+    options = {"bias": bias, "reduction": "sum", "beta": 0.3, "temperature": 2.0, "softcap": 30.0, "chunk_size": 2}
     assert torch.equal(module(a, b, head, bias), linear_divergence(a, b, head, "js", **options))
 
 

@@ -525,18 +525,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     tensors, wanted, ctx.options = inputs[:_TENSORS], inputs[_TENSORS + 1], inputs[_TENSORS + 2 :]
     ctx.complete = all(w or not needed for w, needed in zip(wanted, ctx.needs_input_grad, strict=False))
     ctx.constant = inputs[_TENSORS] is None
+    if ctx.constant:
+        ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *(output[1:] if ctx.complete else ()))
 
 
-def _autograd_backward(ctx: Any, grad_output: Tensor | None, *of_gradients: Tensor | None) -> tuple[Any, ...]:
-    if any(grad is not None for grad in of_gradients) or not ctx.constant:
+def _autograd_backward(ctx: Any, grad_output: Tensor | None, *_of_gradients: Tensor | None) -> tuple[Any, ...]:
+    if not ctx.constant:
         raise RuntimeError(
             "smart_kernels: the gradient of a divergence has no derivative: a second derivative was asked for"
         )
     tensors, grads = ctx.saved_tensors[:_TENSORS], ctx.saved_tensors[_TENSORS:]
     if grad_output is None:
         return (None,) * (_TENSORS + 2 + len(ctx.options))
-    if ctx.complete:
+    if ctx.complete and not torch.is_grad_enabled():
         grads = [grad_output * grad for grad in grads]
     else:
         grads = _anew(ctx, grad_output, tensors, ctx.options)
