@@ -4,7 +4,7 @@
 
 Accuracy: hidden states that are a share of their size apart; relative errors of the loss and of the head's gradient
 against float64 arithmetic on the very same hidden states and head. Speed: forward and backward, gradients of both
-hidden states and of the head, beside the time of the six products that these need. Writes a table, JSON and two figures.
+hidden states and of the head, beside the time of the six products that these need. Writes a table, JSON, two figures.
 """
 
 from __future__ import annotations

@@ -343,9 +343,8 @@ def test_in_a_graph() -> None:
 def test_the_ops_schemas_fakes_and_autograd() -> None:
     a, b, head, bias = hidden(4, 6, 9, 0.1, torch.float32)
     weight = torch.tensor([1.0, 0.0, 2.0, 1.0])
-    for reduction, wanted in ((1, [True] * 4 + [False] * 2), (0, [False] * 6)):
-        options = None, wanted, reduction, False, 0, 0.5, 1.0, None, 2
-        torch.library.opcheck(ops.linear_divergence, (a, b, head, bias, None, None, weight, *options))
+    options = None, [True] * 4 + [False] * 2, 1, False, 0, 0.5, 1.0, None, 2
+    torch.library.opcheck(ops.linear_divergence, (a, b, head, bias, None, None, weight, *options))
     rows = torch.randn(3, 4, 9)
     torch.library.opcheck(ops.divergence_rows_, (rows, weight, None, True, True, False, 0, 0.5, 1.0))
     with torch.device("meta"):

@@ -13,7 +13,7 @@ from smart_kernels import reference
 from smart_kernels.ops._library import LIBRARY, NAMESPACE, changes_arguments, define
 from smart_kernels.ops.divergence import FLOATING, KIND, REDUCTION, check_kind, check_options, check_weight
 
-CPU_BUDGET, GPU_BUDGET = 64 << 20, 1 << 30
+CPU_BUDGET, GPU_BUDGET = 96 << 20, 1 << 30
 """Bytes that the logits of a chunk of rows take by default, with all that stands beside them."""
 
 _HEADS = "linear_weight", "bias", "target_linear_weight", "target_bias"
@@ -73,7 +73,7 @@ def linear_divergence(
         softcap: s > 0: logits z become s tanh(z / s), before the temperature, as in Gemma 2; None for none.
         detach_targets: treat ``target`` and its logits as constants; with "symmetric_kl" the target distribution of
             each of the two divergences, as in :func:`divergence`.
-        chunk_size: rows of a chunk, >= 1. By default as many as have logits and gradients of 64 MiB on a CPU, 1 GiB on
+        chunk_size: rows of a chunk, >= 1. By default as many as have logits and gradients of 96 MiB on a CPU, 1 GiB on
             any other device.
 
     Returns:
@@ -103,7 +103,8 @@ def linear_divergence(
         target = target.detach()
         heads = *heads[:2], *(None if x is None else x.detach() for x in heads[2:])
     device = input.device.type
-    if device != "cpu" and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+    narrow = device not in ("cpu", "meta") and torch.is_autocast_enabled(device)
+    if narrow and torch.get_autocast_dtype(device) == torch.bfloat16:
         # As in any linear layer; the hidden states' difference keeps its digits. A CPU's products are float32's anyhow.
         heads = tuple(x.bfloat16() if x is not None and x.dtype == torch.float32 else x for x in heads)
     tensors = input, target, *heads, weight
