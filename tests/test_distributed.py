@@ -7,13 +7,13 @@ import copy
 import importlib
 import json
 import math
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 import torch
 from distributed_world import World
@@ -402,27 +402,17 @@ def test_in_autocast(world: World, how: str) -> None:
 
 # ------------------------------------------------------------------------------------------------- what users run
 
-ROOT = Path(__file__).resolve().parent.parent
 
-
-def readme_block() -> str:
-    text = (ROOT / "README.md").read_text()
-    (block,) = re.findall(r"^```python torchrun\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return str(block)
-
-
-def runs_the_readme(rank: int, size: int, block: str) -> list[float]:
+def runs_the_guide(rank: int, size: int, blocks: list[str]) -> list[float]:
     names = {"build_model": Classifier, "device": "cpu", "Smart": Smart, "SmartConfig": SmartConfig, "torch": torch}
     names["loader"] = [batch_for(Encoder(), 2 + rank, seed=10 * rank + i) for i in range(2)]
     torch.manual_seed(rank)
-    exec(compile(block, "README.md", "exec"), names)
+    pages.run("processes", blocks, names)
     return torch.cat([p.detach().flatten() for p in names["model"].parameters()]).tolist()
 
 
-def test_the_readmes_lines_train_the_same_model_everywhere(world: World) -> None:
-    block = readme_block()
-    assert len(block.splitlines()) <= 10
-    trained = world.run(runs_the_readme, block)
+def test_the_guides_lines_train_the_same_model_everywhere(world: World) -> None:
+    trained = world.run(runs_the_guide, pages.guide("processes"))
     assert all(other == trained[0] for other in trained[1:])
     assert all(math.isfinite(x) for x in trained[0])
 
@@ -432,7 +422,7 @@ def runs_the_example(rank: int, size: int, folder: Path) -> None:
     import tokenizers
     import transformers
 
-    sys.path.append(str(ROOT / "examples"))
+    sys.path.append(str(pages.ROOT / "examples"))
     finetune = importlib.import_module("finetune")
     words = ["[UNK]", "[PAD]", *"abcdefg"]
     if rank == 0:

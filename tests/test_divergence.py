@@ -502,6 +502,17 @@ def test_no_rows(kl: type[Kernel], shape: tuple[int, ...]) -> None:
     assert kl.backward(None, a, a, None, NONE, False, True, True)[0].shape == shape
 
 
+def test_rows_that_all_weigh_nothing(kl: type[Kernel]) -> None:
+    """Their mean is NaN, as that of no rows is; none of them has a gradient, whatever is asked for."""
+    for cols in (64, 1000):
+        a, b = logits(2, cols, 1e-2, torch.float32)
+        weight = torch.zeros(2)
+        for reduction in (NONE, SUM, MEAN, BATCHMEAN):
+            loss, *grads = kl.forward_backward(a, b, weight, reduction, False, True, True)
+            assert loss.isnan() if reduction == MEAN else (loss == 0).all()
+            assert all((grad == 0).all() for grad in grads)
+
+
 @pytest.mark.parametrize("reduction", reference.REDUCTIONS)
 @pytest.mark.parametrize("cols", [4, 70])
 def test_gradcheck(reduction: str, cols: int) -> None:

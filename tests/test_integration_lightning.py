@@ -6,8 +6,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
-import readme
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -230,17 +230,18 @@ def test_a_step_may_return_the_loss_alone_or_skip_its_batch(tmp_path: Path) -> N
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
-def test_lightning_readme_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guide_to_lightning_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     module = Module()
-    readme.run("Lightning", {"module": module, "loader": loader()})
+    pages.run("lightning", pages.guide("lightning"), {"module": module, "loader": loader()})
     assert module.trainer.global_step == 12
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_accelerate_readme_block_runs(steps: int) -> None:
+def test_the_guide_to_accelerate_runs(steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import accelerate
 
+    monkeypatch.chdir(tmp_path)
     model = TASKS["bert"].build().train()
     before = [p.detach().clone() for p in model.parameters()]
     names: dict[str, Any] = {
@@ -249,7 +250,7 @@ def test_accelerate_readme_block_runs(steps: int) -> None:
         "optimizer": torch.optim.AdamW(model.parameters()),
         "loader": DataLoader(TASKS["bert"].examples(), batch_size=1),
     }
-    smart = readme.run("Accelerate", names)["smart"]
+    smart = pages.run("accelerate", pages.guide("accelerate"), names)["smart"]
     assert isinstance(smart, Smart)
     assert smart.state_dict()["updates"] == 16 // steps
     assert smart._switch == {1: 2, 2: 1}[steps]  # a tenth of the optimiser's steps

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pages
 import pytest
 import torch
 import transformers
@@ -168,6 +171,17 @@ def test_arguments_keep_the_other_trainers_defaults(smart_first: bool, tmp_path:
             assert ours[f.name] == f.default or f.default is dataclasses.MISSING, (kind, f.name)
         assert ours["smart_mu"] == 1.0
         assert ours["mine"] == 3
+
+
+def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    model, rest = supervised(tmp_path)
+    guide = ModuleType("trl_guide")  # its arguments are pickled by their module's name
+    monkeypatch.setitem(sys.modules, guide.__name__, guide)
+    vars(guide).update(model=model, train_set=rest["train_dataset"], tokenizer=rest["processing_class"])
+    trainer = pages.run("trl", pages.guide("trl"), vars(guide))["trainer"]
+    assert trainer.smart.state_dict()["updates"] == 2
 
 
 def test_embeddings_of_sentences_need_a_divergence(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
-import readme
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -596,11 +596,11 @@ def test_a_checkpoint_that_does_not_fit_says_which(tmp_path: Path) -> None:
         trainer_for(TASKS["bert"], tmp_path, smart_mu=0.0).train(resume_from_checkpoint=True)
 
 
-def test_readme_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     task = TASKS["bert"]
     names = {"model": task.build(), "train_set": task.examples(), "test_set": task.examples()}
-    trainer = readme.run("Hugging Face Trainer", names)["trainer"]
+    trainer = pages.run("trainer", pages.guide("trainer"), names)["trainer"]
     assert isinstance(trainer, SmartTrainer)
     assert trainer.state.global_step == 6

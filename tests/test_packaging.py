@@ -15,8 +15,8 @@ import pytest
 import smart_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SHIPPED = (".ci/", ".github/", ".gitignore", ".pre-commit-config.yaml", "docs/")
-"""What serves the repository alone, and the figures."""
+NOT_SHIPPED = (".ci/", ".github/", ".gitignore", ".pre-commit-config.yaml")
+"""What serves the repository alone."""
 
 
 def run(*command: object, **options: object) -> str:

@@ -146,6 +146,13 @@ def test_raw_and_overlong_steps_stay_in_the_ball(kernel: Any, norm: str, scope: 
 
 
 @pytest.mark.parametrize(("norm", "scope"), list(itertools.product(NORMS, SCOPES)))
+def test_raw_steps_of_subnormal_length(kernel: Any, norm: str, scope: str) -> None:
+    x = case((3, 2, 1, 21))
+    for step in (1e-13, 2e-13, 3e-13):
+        check(kernel, 0 * x.delta, 1e-32 * x.grad, step_size=step, way=(norm, scope, "raw"))
+
+
+@pytest.mark.parametrize(("norm", "scope"), list(itertools.product(NORMS, SCOPES)))
 def test_no_gradient_leaves_a_delta_in_the_ball_as_it_is(kernel: Any, norm: str, scope: str) -> None:
     x = case((3, 4, 50))
     way = (norm, scope, "normalized")

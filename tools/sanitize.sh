@@ -25,7 +25,7 @@ address)
     default=("${tests[@]}" -k "written or table or masked_positions or two_to_the_31 or expanded or results_that_live")
     # reads beyond the end of a shadow
     fault="import torch; from smart_kernels.ops._chunks import make_table; x, y = torch.zeros(8), torch.ones(8)
-table = make_table([x], [y]); table[3] += 100; torch.ops.smart_kernels.ema_update_chunks(table, 0.5, None, None)"
+table = make_table([x], [y]); table[3] += 100; torch.ops.smart_kernels.ema_update_chunks(table, 1, 0.5, None, None)"
     ;;
 thread)
     flags="-fsanitize=thread"

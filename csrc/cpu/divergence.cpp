@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -85,7 +86,8 @@ DivergenceJob make_job(
   return job;
 }
 
-void run(const DivergenceJob& job) {
+void run(DivergenceJob job) {
+  if (std::isinf(job.scale)) job.scale = 0;  // a mean in which no row counts: NaN, but nothing is asked of the rows
   const int64_t rows = job.a.rows(), grain = std::max<int64_t>(1, kGrain / job.a.cols());
   const auto kernel = SK_DISPATCH(divergence_rows);
   if (rows <= grain) {

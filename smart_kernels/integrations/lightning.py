@@ -20,12 +20,12 @@ from smart_kernels.smart.passes import output_logits
 class SmartCallback(Callback):  # type: ignore[misc]
     """The SMART objective (Jiang et al. 2020, arXiv 1911.03437) instead of the loss of a LightningModule.
 
-    The module's ``training_step`` returns a mapping with "loss" and "logits", as a Hugging Face model does, or a loss:
-    then what the model's calls in it gave is compared. It runs once a step, for the ordinary pass, and so do its logs,
-    metrics and counters; where the logits are made in a way that cannot be followed, it runs for each pass, what
-    it logs counts once, and what it changes in the module is put back. For a None the batch is skipped. The module
+    The module's ``training_step`` returns a mapping with "loss" and "logits", as a Hugging Face model does, or the loss
+    alone: then the outputs of the model's calls in it are compared. It runs once a step, and so do its logs, metrics
+    and counters. Where the logits come about in a way that cannot be followed, it runs for each pass; what it logs
+    counts once, and what it changes in the module is put back. Where it returns None, the batch is skipped. The module
     logs task_loss, smoothness, proximal and skipped_samples too. The teacher moves after each step that the optimiser
-    has made, and the state of SMART is part of Lightning's checkpoints.
+    has made. The state of SMART is part of Lightning's checkpoints.
 
     Args:
         config: the hyper-parameters; the paper's by default.

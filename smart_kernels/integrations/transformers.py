@@ -69,9 +69,9 @@ class SmartTrainingArguments(_SmartArguments, TrainingArguments):  # type: ignor
     """Trainer's arguments and, with `smart_` in front of its name, each field of :class:`~smart_kernels.SmartConfig`.
 
     Args:
-        smart_embedding: name of the module whose output is perturbed; by default the word embedding, or what else
-            the model's ``get_input_embeddings()`` gives: in one for images the projection of the patches, to which
-            positions are added later (already part of the output of "vit.embeddings").
+        smart_embedding: name of the module whose output is perturbed; by default what the model's
+            ``get_input_embeddings()`` gives: the word embedding, or in a model for images the projection of the
+            patches, to which positions are added later ("vit.embeddings" is the module whose output has them).
         smart_mask: name of the input that is 0 at the positions that are not perturbed, of shape (B, L) for embeddings
             (B, L, H); "none" to perturb all. By default the "attention_mask", as far as it fits.
 
@@ -122,24 +122,24 @@ class SmartTrainingArguments(_SmartArguments, TrainingArguments):  # type: ignor
 class SmartTrainer(Trainer):  # type: ignore[misc]
     """Trainer with the SMART objective (Jiang et al. 2020, arXiv 1911.03437); evaluation is Trainer's own.
 
-    Every task works whose model gives a loss and logits. The task loss is what Trainer computes, with label smoothing
-    or `compute_loss_func`; smoothness and proximal term are means over the same samples or tokens, those of all
-    micro-batches and processes of an optimiser step. Where a model's loss is the mean of a micro-batch and knows
-    nothing of the others (it ignores `num_items_in_batch`), Trainer adds these means up; here, unless both `lambda_s`
-    and `mu` are 0, they make the mean over all items. Where Trainer does not count items (the ends of a span, a model
-    whose forward takes no `**kwargs`), it takes the mean of the micro-batches' means, however many items each has;
-    so do all three terms here.
+    It serves every task whose model gives a loss and logits. The task loss is what Trainer computes, with label
+    smoothing or `compute_loss_func`. The smoothness and the proximal term are means over the same samples or tokens:
+    those of all micro-batches and processes of an optimiser step. Some models ignore `num_items_in_batch`, so that
+    their loss is the mean over one micro-batch. Trainer adds these means up; here they make the mean over all items,
+    unless both `lambda_s` and `mu` are 0. Where Trainer does not count items (the ends of a span, a model whose forward
+    takes no `**kwargs`), it takes the mean of the micro-batches' means, however many items each has, and so do all
+    three terms.
 
-    The log gets, as means since the last one, task_loss, smoothness, proximal and perturbation_linf (or _l2: the
-    largest norm of a sample's perturbation, in units of the embeddings), and skipped_samples, how many so far had no
-    finite gradient. Checkpoints get "smart.safetensors". One that is not complete, since the process was killed, is no
-    candidate for ``train(resume_from_checkpoint=True)``, and an error if it is named.
+    The log gets task_loss, smoothness, proximal and perturbation_linf (or _l2: the largest norm of a sample's
+    perturbation, in units of the embeddings), each a mean since the last entry, and skipped_samples, how many samples
+    so far had no finite gradient. Checkpoints get "smart.safetensors". A checkpoint that is not complete, because the
+    process was killed, is passed over by ``train(resume_from_checkpoint=True)``, and is an error if it is named.
 
     Beside another trainer, inherit from both, this class first: ``class T(SmartTrainer, SFTTrainer)``, with arguments
     of a dataclass that inherits from SmartTrainingArguments and SFTConfig; likewise for Seq2SeqTrainer, TRL's
-    RewardTrainer and sentence-transformers' trainers. Where that trainer gives no logits, what its calls of the model
-    gave is compared; where it computes them for its metrics alone, they are computed once more, with a graph. For
-    embeddings of sentences, `smart_divergence` has to be "squared_error", or `divergence` a callable.
+    RewardTrainer and sentence-transformers' trainers. Where that trainer returns no logits, the outputs of its calls of
+    the model are compared. Where it computes logits for its metrics alone, without a graph, they are computed again
+    with one. For embeddings of sentences, `smart_divergence` has to be "squared_error", or `divergence` a callable.
 
     Args:
         model: as in Trainer.
@@ -485,7 +485,7 @@ def what_lacks(checkpoint: str | os.PathLike[str]) -> str | None:
 
 
 def _reentrant(args: TrainingArguments) -> bool:
-    """Whether activations are checkpointed by the way of torch that has no gradient but that of backward()."""
+    """Whether activations are checkpointed by torch's reentrant way, through which only backward() differentiates."""
     for name in ("activation_checkpointing", "gradient_checkpointing"):  # the new name and the old one
         if getattr(args, name, False) and (getattr(args, f"{name}_kwargs", None) or {}).get("use_reentrant"):
             return True

@@ -53,8 +53,8 @@ def find_perturbation(
         return noise
     if config.adversary == "task" and clean.regraphed:
         raise ValueError(
-            "adversary: got 'task', but what is compared was not computed with the loss, so that none of its gradients "
-            "leads through it; expected another adversary, 'predicted' for instance"
+            "adversary: got 'task', but the logits that are compared have no share in the loss, so that its gradient "
+            "does not lead through them; expected another adversary, 'predicted' for instance"
         )
     at_clean = config.adversary in AT_CLEAN
     # The paper divides by the largest entry; a single step goes further along the signs, the steepest in that norm.

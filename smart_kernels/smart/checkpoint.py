@@ -56,7 +56,7 @@ def save_smart(smart: Smart, path: str | os.PathLike[str], *, write: bool | None
 def load_smart(smart: Smart, path: str | os.PathLike[str]) -> None:
     """Go on from what :func:`save_smart` wrote, on each process.
 
-    A process that was not there when it was written keeps its own generator.
+    The file may come from another number of processes. One that has no generator in it keeps its own.
 
     Args:
         smart: a new object for the same model and a configuration with the same terms.
@@ -64,8 +64,8 @@ def load_smart(smart: Smart, path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not complete, or a name, shape, dtype or value does not fit; it is said which. Nothing was
-            changed then.
+        ValueError: it is not complete, or a name, shape, dtype or value does not fit; the message says which. Nothing
+            was changed then.
     """
     if Path(path).is_dir():
         raise ValueError(f"path: got the folder {os.fspath(path)}, expected a file")

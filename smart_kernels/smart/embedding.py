@@ -279,7 +279,7 @@ def resolved_at(size: float, dtype: torch.dtype) -> float:
 
 
 def warn_if_unresolved(embeds: Tensor, epsilon: float, adversary: str, compute_dtype: torch.dtype) -> bool:
-    """Warn, and tell, if a perturbation of `epsilon` is below what is resolved at the size of these embeddings.
+    """Warn, and return True, if a perturbation of `epsilon` is below what is resolved at the size of these embeddings.
 
     In their own dtype it is lost when it is added. In the narrower one of autocast, the difference of two passes, whose
     gradient the "power" adversary follows, is rounding noise; the others take the gradient of one pass.

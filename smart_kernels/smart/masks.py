@@ -1,4 +1,4 @@
-"""Dropout masks that the passes of a step share, drawn once: on a CPU that is up to a third of a forward pass."""
+"""Dropout masks that the passes of a step share are drawn once: on a CPU, drawing takes up to a third of a pass."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Mask(NamedTuple):
         draw: how it was drawn.
         after: the generator's state after that.
         scaled: the mask.
-        version: its version then; at another one it has been changed.
+        version: its version counter then; another value says that it was changed since.
     """
 
     draw: _Draw
@@ -52,9 +52,9 @@ class _Mask(NamedTuple):
 class SharedMasks(TorchFunctionMode):
     """Within this mode a dropout mask that was drawn before, from the same state of the generator, is not drawn again.
 
-    It is that of the graph which it was drawn for, not a copy of it. The CPU's default generator goes on to the state
-    that drawing would leave it in, so no number is another than without the mode: what a model draws in another order,
-    shape or way is drawn. So is a mask that no graph has kept, and one on another device than the CPU.
+    The mask is taken from the graph for which it was drawn, without a copy. The CPU's default generator moves on as if
+    the mask had been drawn, so all random numbers are those without the mode. A mask is drawn as usual where the model
+    draws in another order, shape or way, where no graph has kept it, and on any device but the CPU.
 
     Example:
         >>> import torch

@@ -1,8 +1,8 @@
 """What torch puts around a model to train it on several processes, as far as extra passes must know of it.
 
-A reducer (DistributedDataParallel) is armed by the forward pass that goes through it, so one pass of a step does, and
-the others call what it wraps. Where parameters are sharded (fully_shard), every pass gathers them by the model's own
-hooks, and what is swapped are the shards.
+A forward pass through DistributedDataParallel makes its reducer wait for one backward pass. So one pass of a step goes
+through it, and the others call the module that it wraps. Where parameters are sharded (fully_shard), the model's own
+hooks gather them in every pass, and the shards are what is swapped.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def without_reducer(model: nn.Module) -> nn.Module:
 
 
 def learns_static_graph(model: nn.Module) -> bool:
-    """Whether a reducer with ``static_graph=True`` takes the next backward pass, whichever, for the step's own."""
+    """Whether a reducer with ``static_graph=True`` takes the next backward pass, of whatever, for the step's own."""
     reducer = _reducer(model)
     learnt = getattr(reducer, "_static_graph_delay_allreduce_enqueued", False)
     return reducer is not None and bool(reducer.static_graph) and not learnt
@@ -115,10 +115,10 @@ def write_shards(modules: Sequence[FSDPModule], shards: list[Tensor], values: li
 
 
 class Reduction:
-    """When the groups of shards send their gradients: with the pass through which the last of them flow.
+    """Decides when groups of shards send their gradients: in the backward pass that gives the last of them.
 
-    A group does so whenever a backward pass has gone through its module, with whatever gradients wait by then, those of
-    micro-batches before among them. What several passes give a parameter is there when the last of them is done.
+    A group sends whenever a backward pass has gone through its module, and sends all gradients that wait by then, those
+    of earlier micro-batches among them. The gradient of several passes is complete when the last one is done.
 
     Args:
         modules: those that fully_shard was applied to; where there are none, nothing is ever held.

@@ -1,7 +1,7 @@
-"""Which dimension of the embeddings is the sample, which positions are perturbed, which samples a row is packed of.
+"""Which dimension of the embeddings is the sample, which positions are perturbed, which samples are packed in a row.
 
-Models take their words in many shapes: (B, L), or (L, B), padded further or not at all inside, several samples in a
-row; and masks as well. What is known for certain is used. Where nothing is, the error says to give `mask`.
+Models take their words in many shapes: (B, L) or (L, B), with more padding inside or none, several samples packed in a
+row. Masks have as many forms. What can be told for certain is used; otherwise the error asks for `mask`.
 """
 
 from __future__ import annotations

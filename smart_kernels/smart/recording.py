@@ -1,9 +1,8 @@
 """What a user's function did with a model, so that it can be done again without the function.
 
-While the clean pass runs, each call of a module is recorded, from outside of the model, with its arguments as they
-were; so is each function of torch that is applied to what came of one. What a tensor of logits was made of is then
-known, and that alone is repeated: the function's loss, its metrics, counters, random augmentation and further looks at
-the model run once.
+While the clean pass runs, each call of a module from outside of the model is recorded, with its arguments as they were;
+so is each torch function that is applied to a result. It is then known which of these led to a tensor of logits, and
+only those are repeated. The function's loss, metrics, counters, random augmentation and other calls run once.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from smart_kernels.smart.structure import PLAIN, Filled, copied, leaves, mapped,
 
 
 class _Value:
-    """In recorded arguments: what came of an earlier call, by number."""
+    """In recorded arguments: the result of an earlier call, by number."""
 
     __slots__ = ("number",)
 
@@ -315,7 +314,7 @@ class Recording(TorchFunctionMode):
     # ---------------------------------------------------------------------------------------------- what it gives
 
     def outputs(self) -> list[Any]:
-        """What those calls gave that no later one takes up, if it can be differentiated; of all where none can."""
+        """The results of those calls that no later call reads: the differentiable ones, or all where none is."""
         calls = [n for n in self.nodes if n.call and any(x.dim() for x in tensors(n.output))]  # not so of a criterion
         inner: set[int] = set()  # what goes into a later call is no result
         for call in calls:
@@ -365,7 +364,7 @@ class Replay(nn.Module):
         self._set = generators
 
     def begin_at(self, generators: States) -> States:
-        """Let the first call find the generators so; returns how it would have found them."""
+        """Set the states that the first call finds the generators in; returns those that it would have found."""
         call = next(n for n in self._nodes if n.call)
         own, call.generators = call.generators, generators
         return own

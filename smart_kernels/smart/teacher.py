@@ -17,7 +17,7 @@ class Teacher:
 
     The mean teacher of SMART (Jiang et al. 2020, arXiv 1911.03437, section 3.2). What the model has frozen, and its
     buffers, have no shadow: the teacher shares them. A parameter that is tied to several places has one. The shadow of
-    a sharded parameter (a DTensor, as of fully_shard) is sharded alike; each process keeps and moves its own part.
+    a sharded parameter (a DTensor, as fully_shard makes them) is sharded alike; each process updates its own part.
 
     Args:
         model: the student, on its device, wrapped or sharded already, with what is not to be trained frozen.

@@ -73,14 +73,15 @@ def parts(p, q, x, t, beta, KIND: tl.constexpr, DETACH: tl.constexpr):
         return symmetric_kl(p, q, x, t, DETACH)
     if KIND == "kl":
         return kl(p, q, x, t)
-    if KIND == "reverse_kl":
+    elif KIND == "reverse_kl":  # noqa: RET505 - what stands behind a return is compiled, too
         return reverse_kl(p, q, x, t)
-    if KIND == "js":
+    elif KIND == "js":
         return js(p, q, x, t, beta)
-    if KIND == "hellinger":
+    elif KIND == "hellinger":
         return hellinger(p, q, x, t)
-    tl.static_assert(KIND == "total_variation")
-    return total_variation(p, q, x, t)
+    else:
+        tl.static_assert(KIND == "total_variation")
+        return total_variation(p, q, x, t)
 
 
 @triton.jit
@@ -89,7 +90,8 @@ def centred(p, slope, mean, other_mean, loss, KIND: tl.constexpr):
     if KIND == "total_variation":
         other = loss - other_mean
         return -p * tl.where(slope == 0, mean, tl.where(slope == -p, other, 0.5 * (mean + other)))
-    return slope - p * mean
+    else:  # noqa: RET505 - as above
+        return slope - p * mean
 
 
 @triton.jit
