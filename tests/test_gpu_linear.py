@@ -28,12 +28,12 @@ def rows_of(cols: int, parts: int = 3) -> torch.Tensor:
 
 def test_interpreted() -> None:
     """In a process of its own: Triton chooses between compiler and interpreter when it is imported."""
-    selection = "long_rows or equal_hidden or detached or masked"
+    selection = "equal_hidden or detached or masked or (long_rows and symmetric)"
     run_again(Path(__file__).with_name("test_linear_divergence.py"), selection, TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize(("cols", "kind", "programs"), [
-    (33, "symmetric_kl", 1), (5000, "symmetric_kl", 1), (5000, "js", 256), (33, "total_variation", 1),
+    (33, "symmetric_kl", 1), (5000, "symmetric_kl", 1), (5000, "js", 256),
 ])  # fmt: skip
 def test_executed(monkeypatch: pytest.MonkeyPatch, cols: int, kind: str, programs: int) -> None:
     monkeypatch.setattr(tiles, "PROGRAMS", programs)
@@ -52,8 +52,7 @@ def test_executed(monkeypatch: pytest.MonkeyPatch, cols: int, kind: str, program
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("cols", [50257, 131072, 1024])
-@pytest.mark.parametrize("kind", ["symmetric_kl", "js"])
+@pytest.mark.parametrize(("cols", "kind"), [(50257, "symmetric_kl"), (50257, "js"), (1024, "symmetric_kl")])
 def test_no_spills(target: str, cols: int, kind: str) -> None:
     rows = torch.empty(3, 256, cols)
     options = True, True, False, KINDS.index(kind), 0.5, 1.0

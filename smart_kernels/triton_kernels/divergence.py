@@ -505,7 +505,8 @@ def _launch_into(
     align = math.gcd(16, *outer[1:], *inner[1:])
     name = list(reference.KINDS)[kind]
     symmetric = name == "symmetric_kl" and not given
-    variant = ", fp64" if input.dtype == torch.float64 else ", odd" if symmetric and align == 1 else ""
+    odd = align == 1 and (symmetric or given)
+    variant = ", fp64" if input.dtype == torch.float64 else ", odd" if odd else ""
     tile = tiles.choose(f"{name if symmetric else 'other kinds'}{variant}", n_cols)
     blocks = triton.cdiv(n_cols, tile.columns)
     splits = min(triton.next_power_of_2(triton.cdiv(tiles.PROGRAMS, n_rows)), triton.next_power_of_2(blocks))

@@ -71,9 +71,9 @@ def parts(p, q, x, t, beta, KIND: tl.constexpr, DETACH: tl.constexpr):
     """Those of a kind: of the symmetric KL, its target detached or not, where the logits' difference is given."""
     if KIND == "symmetric_kl":
         return symmetric_kl(p, q, x, t, DETACH)
-    if KIND == "kl":
+    elif KIND == "kl":  # noqa: RET505 - what stands behind a return is compiled, too
         return kl(p, q, x, t)
-    elif KIND == "reverse_kl":  # noqa: RET505 - what stands behind a return is compiled, too
+    elif KIND == "reverse_kl":
         return reverse_kl(p, q, x, t)
     elif KIND == "js":
         return js(p, q, x, t, beta)
