@@ -648,6 +648,6 @@ def divergence_rows_(
     """The op `smart_kernels::divergence_rows_` on a GPU."""
     loss = rows.new_empty(rows.size(1))
     b, a, both = rows[0], rows[1], rows[2] if rows.size(0) == 3 else None
-    grads = [a, b, both] if gradients else [None, None, None]
+    grads: list[Tensor | None] = [a, b, both] if gradients else [None] * 3
     _launch_into(grads, scale, a, b, weight, 0, detach_targets, loss, difference, kind, beta, temperature)
     return loss
