@@ -28,7 +28,7 @@ def rows_of(cols: int, parts: int = 3) -> torch.Tensor:
 
 def test_interpreted() -> None:
     """In a process of its own: Triton chooses between compiler and interpreter when it is imported."""
-    selection = "equal_hidden or detached or masked or (long_rows and symmetric)"
+    selection = "masked or (symmetric and (equal_hidden or detached or long_rows))"
     run_again(Path(__file__).with_name("test_linear_divergence.py"), selection, TRITON_INTERPRET="1")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from smart_kernels import reference
 from smart_kernels.ops._library import LIBRARY, NAMESPACE, OPS, changes_arguments, define
@@ -108,7 +109,7 @@ def linear_divergence(
     tensors = input, target, *heads, weight
     options = REDUCTION[reduction], detach_targets, KIND[kind], float(beta), float(temperature), softcap, chunk_size
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if differentiable and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and (differentiable or forward_ad._current_level >= 0):
         return _Differentiable.apply(*tensors, *options)  # type: ignore[no-any-return, no-untyped-call]
     wanted = [differentiable and reduction != "none" and x is not None and x.requires_grad for x in tensors[:6]]
     return _op(*tensors, None, wanted, *options)[0]  # type: ignore[no-any-return]
@@ -339,18 +340,21 @@ def _in_chunks(
     """The loss and the gradients that are wanted, of the first six arguments, in the dtype of the arithmetic."""
     with torch.autocast(input.device.type, enabled=False):
         dtype = reference.compute_dtype(input)
-        narrow = linear_weight.dtype == torch.bfloat16 and multiplies_narrow(input.device)
+        heads = linear_weight, linear_weight if target_linear_weight is None else target_linear_weight
+        narrow = all(head.dtype == torch.bfloat16 for head in heads) and multiplies_narrow(input.device)
         factor_dtype = torch.bfloat16 if narrow else dtype
         h_a, h_b = input.reshape(-1, input.size(-1)), target.reshape(-1, target.size(-1))
         n_rows, classes = h_a.size(0), linear_weight.size(0)
         shared = target_linear_weight is None
         w_a = linear_weight.to(factor_dtype)
-        w_b = w_a if target_linear_weight is None else target_linear_weight.to(factor_dtype)
+        w_b = w_a if shared else heads[1].to(factor_dtype)
         if shared:
             target_bias = bias
         constant = detach_targets and list(reference.KINDS)[kind] != "symmetric_kl"  # the target side
         of_heads = wanted[2] or wanted[3]
-        parts = 3 if shared and of_heads and not detach_targets else 2
+        # Their sum is 0 where only the sides' own distributions move: but for the slopes of a cap.
+        opposed = detach_targets and not constant
+        parts = 3 if shared and of_heads and not constant and not (opposed and softcap is None) else 2
         size = chunk_size
         if size is None:
             each = classes * (dtype.itemsize * (parts + 8 * (softcap is not None)) + 2 * parts * narrow)
@@ -359,7 +363,7 @@ def _in_chunks(
         row_weight = None if weight is None else weight.reshape(-1)
         normaliser = reference.divergence_normaliser(input, weight, reduction)
         scale = torch.ones(1, dtype=dtype, device=input.device) if upstream is None else upstream.reshape(-1)
-        scale = scale * normaliser
+        scale = (scale * normaliser).contiguous()
 
         def empty(i: int, *shape: int) -> Tensor:
             make = torch.empty if n_rows else torch.zeros
@@ -401,18 +405,20 @@ def _in_chunks(
                 logits[0] += target_bias
             cap = None if softcap is None else _Softcap(logits, softcap, shared)
             losses[chunk] = _rows(
-                logits,
+                logits[:2] if opposed else logits,
                 None if row_weight is None else row_weight[chunk],
                 scale if scale.numel() == 1 else scale[chunk],
                 shared,
                 any(wanted),
-                detach_targets and not constant,
+                opposed,
                 kind,
                 beta,
                 temperature,
             )
             if not any(wanted):
                 continue
+            if opposed and parts == 3:
+                logits[2].zero_()
             if cap is not None:
                 cap.backward(logits)
             g = narrowed(logits)
