@@ -2,9 +2,9 @@
 
     python benchmarks/bench_smart.py [--device cuda] [--models bert minilm] [--full] [--skip-strength]
 
-Cost: a full step (forward, backward, AdamW, teacher) in units of a vanilla step, and its peak memory, beside
-other ways to do it in PyTorch. Strength: the smoothness term that an adversary reaches at the paper's radius,
-over what 20 steps of sign ascent reach in float64. Writes tables, JSON and two figures.
+Cost: a full step (forward, backward, AdamW, teacher) by each plan of passes, in units of a vanilla step, and its peak
+memory, beside other ways to do it in PyTorch. Strength: the smoothness term that an adversary reaches at the paper's
+radius, over what 20 steps of sign ascent reach in float64. Writes tables, JSON and two figures.
 """
 
 from __future__ import annotations
@@ -47,21 +47,31 @@ from harness import (
 )
 from smart_kernels import Smart, SmartConfig, symmetric_kl
 from smart_kernels.smart.embedding import EmbeddingHook, perturb
+from smart_kernels.smart.plan import make_plan, vanilla_steps
 
 EPSILON = 1e-5
 CLASSES = 6
 BATCH = 16
 VANILLA = "vanilla"
 
-OURS_STEPS: dict[str, tuple[dict[str, Any], float]] = {
-    "power": ({"mu": 0.0}, 8 / 3),
-    "predicted": ({"mu": 0.0, "adversary": "predicted"}, 7 / 3),
-    "random (R3F)": ({"mu": 0.0, "adversary": "random"}, 6 / 3),
-    "teacher": ({"lambda_s": 0.0}, 4 / 3),
-    "power, teacher": ({}, 9 / 3),
-    "predicted, teacher": ({"adversary": "predicted"}, 8 / 3),
+ALONE, LEAN, DETACHED = {"mu": 0.0}, {"memory": "lean"}, {"detach_clean": True}
+OURS_STEPS: dict[str, dict[str, Any]] = {
+    "power": ALONE,
+    "power, lean": ALONE | LEAN,
+    "power, detached": ALONE | DETACHED,
+    "predicted": ALONE | {"adversary": "predicted"},
+    "predicted, lean": ALONE | LEAN | {"adversary": "predicted"},
+    "predicted, detached": ALONE | DETACHED | {"adversary": "predicted"},
+    "task, detached": ALONE | DETACHED | {"adversary": "task"},
+    "random (R3F)": ALONE | {"adversary": "random"},
+    "random, detached": ALONE | DETACHED | {"adversary": "random"},
+    "teacher": {"lambda_s": 0.0},
+    "power, teacher": {},
+    "predicted, teacher": {"adversary": "predicted"},
+    "predicted, lean, teacher": LEAN | {"adversary": "predicted"},
+    "predicted, detached, teacher": DETACHED | {"adversary": "predicted"},
 }
-"""Our ways: what is set, and what the step costs in vanilla steps by count of passes."""
+"""Our ways, a plan each: what is set."""
 OTHERS = ("smart-pytorch", "PyTorch loop", "PyTorch loop, teacher", "PyTorch R3F")
 
 STRENGTH_CLASSES = (2, 3, 6, 10)
@@ -187,7 +197,14 @@ def peers_of(model: nn.Module) -> list[Peer]:
 
     def ours(options: dict[str, Any]) -> Any:
         smart = Smart(model, SmartConfig(**options), num_training_steps=1000)
-        return step(lambda batch: smart(batch).loss, smart.update)
+
+        def call(batch: dict[str, Tensor]) -> None:
+            smart.backward(batch)
+            optimizer.step()
+            optimizer.zero_grad()
+            smart.update()
+
+        return call
 
     second = copy.deepcopy(model)
 
@@ -203,7 +220,7 @@ def peers_of(model: nn.Module) -> list[Peer]:
     )
     return [
         Peer(VANILLA, step(lambda batch: model(**batch).loss)),
-        *(Peer(name, ours(options)) for name, (options, _) in OURS_STEPS.items()),
+        *(Peer(name, ours(options)) for name, options in OURS_STEPS.items()),
         *map(Peer, OTHERS, others),
     ]
 
@@ -233,7 +250,7 @@ def measure_cost(report: Report, args: argparse.Namespace, progress: Callable[[s
             )
         )
     report.figures["cost"] = {case.label: costs(case) for case in report.cases}
-    report.texts.append(cost_table(report.cases))
+    report.figures["memory"] = {case.label: peaks(case) for case in report.cases}
 
 
 def costs(case: Case) -> dict[str, float]:
@@ -241,8 +258,29 @@ def costs(case: Case) -> dict[str, float]:
     return {timing.name: 1 / case.speed_up(timing.name, VANILLA) for timing in case.timings}
 
 
-def cost_table(cases: Sequence[Case]) -> str:
-    """Time and memory of a step, and what counting the passes gives."""
+def peaks(case: Case) -> dict[str, float]:
+    """Peak memory of each peer over that of a vanilla step."""
+    found = {timing.name: timing.peak_bytes for timing in case.timings}
+    vanilla = found[VANILLA]
+    return {name: peak / vanilla if peak and vanilla else float("nan") for name, peak in found.items()}
+
+
+def by_count(name: str) -> float:
+    """What one of our steps costs in vanilla steps, if a pass costs what it has to compute."""
+    config = SmartConfig(**OURS_STEPS[name])
+    return vanilla_steps(make_plan(config, smooth=bool(config.lambda_s), taught=bool(config.mu), ahead=True))
+
+
+def reached(name: str, strength: Mapping[str, Any] | None) -> str:
+    """R_s that the adversary of one of our steps reaches, a mean over the numbers of classes."""
+    config = SmartConfig(**OURS_STEPS[name])
+    if not strength or not config.lambda_s:
+        return ""
+    return f"{statistics.mean(strength['sure']['share'][f'{config.adversary}, fp32']):.2f}"
+
+
+def cost_table(cases: Sequence[Case], strength: Mapping[str, Any] | None = None) -> str:
+    """Time and memory of a step, what counting the passes gives, and how strong its adversary is."""
     rows: list[list[str] | None] = []
     for case in cases:
         if rows:
@@ -257,17 +295,20 @@ def cost_table(cases: Sequence[Case]) -> str:
                     seconds_text(timing.median),
                     quartiles_text(timing),
                     f"{costs(case)[timing.name]:.2f}",
-                    f"{OURS_STEPS[timing.name][1]:.2f}" if ours else "",
+                    f"{by_count(timing.name):.2f}" if ours else "",
                     bytes_text(timing.peak_bytes),
+                    f"{peaks(case)[timing.name]:.2f}",
+                    reached(timing.name, strength) if ours else "",
                 ]
             )
             head = ""
-    columns = ["model", "step", "median", "quartiles", "vanilla steps", "by count", "peak memory"]
+    columns = ["model", "step", "median", "quartiles", "vanilla steps", "by count", "peak memory", "of vanilla", "R_s"]
     return (
         format_table(columns, rows)
         + "\nquartiles: half of all rounds lie between · by count: of passes, forward = backward for inputs = backward "
         "for weights = 1,\na vanilla step 3 · peak memory: allocated at the peak of a step, gradients and activations, "
-        "beyond the weights and AdamW's state"
+        "beyond the weights and AdamW's state\n"
+        f"R_s: that the adversary reaches, over that of {ASCENT_STEPS} ascent steps; sure head, fp32, mean over C"
     )
 
 
@@ -276,7 +317,7 @@ def cost_figure(cases: Sequence[Case], title: str, caption: str) -> Any:
     with plotting() as plt:
         if plt is None or not cases:
             return None
-        figure, axes = plt.subplots(1, len(cases), figsize=(1.5 + 4.8 * len(cases), 4.6), squeeze=False, sharey=True)
+        figure, axes = plt.subplots(1, len(cases), figsize=(1.5 + 4.8 * len(cases), 6.4), squeeze=False, sharey=True)
         first = costs(cases[0])
         names = sorted(first, key=lambda name: first[name])
         for axis, case in zip(axes[0], cases, strict=True):
@@ -286,7 +327,7 @@ def cost_figure(cases: Sequence[Case], title: str, caption: str) -> Any:
                 axis.barh(place, found[name], height=0.7, color=OUR_COLOUR if ours else "#8C8C8C")
                 axis.annotate(
                     f"{found[name]:.2f}",
-                    (max(found[name], OURS_STEPS[name][1] if ours else 0), place),
+                    (max(found[name], by_count(name) if ours else 0), place),
                     (4, 0),
                     textcoords="offset points",
                     va="center",
@@ -294,7 +335,7 @@ def cost_figure(cases: Sequence[Case], title: str, caption: str) -> Any:
                     fontweight="bold" if ours else "normal",
                 )
                 if ours:
-                    axis.plot([OURS_STEPS[name][1]] * 2, [place - 0.42, place + 0.42], color="#E69F00", linewidth=2)
+                    axis.plot([by_count(name)] * 2, [place - 0.42, place + 0.42], color="#E69F00", linewidth=2)
             axis.set_yticks(range(len(names)), names)
             axis.grid(axis="y", visible=False)
             axis.set_title(case.label)
@@ -491,6 +532,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure_cost(report, args, progress)
         if not args.skip_strength:
             measure_strength(report, args, progress)
+    report.texts.insert(0, cost_table(report.cases, report.figures.get("strength")))
     report_cases, report.cases = report.cases, []  # their table is ours, in vanilla steps
     print(report.table())
     report.cases = report_cases

@@ -15,27 +15,26 @@ def wide(x: torch.Tensor | np.ndarray) -> np.ndarray:
 
 def definition(kind: str, p: np.ndarray, q: np.ndarray, x: np.ndarray, t: np.ndarray, beta: WIDE) -> tuple:
     """Of each class f(r) and f'(r) as multiples of q and p, and f - r f' of q: r = p / q = exp(t), x = p - q."""
-    zero = np.zeros_like(p)
-    u, v = np.where(np.abs(t) < 1, np.expm1(t), x / q), np.where(np.abs(t) < 1, np.expm1(-t), -x / p)
+    zero, small = np.zeros_like(p), np.abs(t) < 1
+    u, v = np.where(small, np.expm1(t), x / q), np.where(small, np.expm1(-t), -x / p)
 
     def times(mass: np.ndarray, factor: np.ndarray) -> np.ndarray:
         return np.where(mass == 0, 0, mass * factor)
 
     if kind == "symmetric_kl":
-        return x * t, times(p, t - v), times(q, -t - u)
+        return x * t, times(p, t) + x, times(q, -t) - x
     if kind == "kl":
-        return np.where(q == 0, p, times(q, u - t)), x, times(q, -t)
+        return np.where(small, times(q, u - t), x + times(q, -t)), x, times(q, -t)
     if kind == "reverse_kl":
-        return np.where(p == 0, q, times(p, v + t)), times(p, t), -x
+        return np.where(small, times(p, v + t), times(p, t) - x), times(p, t), -x
     if kind == "js":
         log_q = np.where(t < 0, np.log1p((1 - beta) * u), np.log1p(beta * v) + t)  # log(m / q)
         log_p = np.where(t < 0, np.log1p((1 - beta) * u) - t, np.log1p(beta * v))  # log(m / p)
-        small = np.abs(t) < 1
         log_q, log_p = np.where(small, np.log1p((1 - beta) * u), log_q), np.where(small, np.log1p(beta * v), log_p)
         of_q, of_p = (1 - beta) * x - times(q, log_q), -beta * x - times(p, log_p)
         return beta * of_q + (1 - beta) * of_p, -(1 - beta) * times(p, log_p), -beta * times(q, log_q)
     if kind == "hellinger":
-        y = np.where(np.abs(t) < 1, np.sqrt(q) * np.expm1(t / 2), np.sqrt(p) - np.sqrt(q))
+        y = np.where(small, np.sqrt(q) * np.expm1(t / 2), np.sqrt(p) - np.sqrt(q))
         return y * y / 2, np.sqrt(p) * y / 2, -np.sqrt(q) * y / 2
     assert kind == "total_variation"
     return np.abs(x) / 2, p * np.sign(x) / 2, q * np.sign(-x) / 2 + zero

@@ -27,7 +27,9 @@ from torch.torch_version import TorchVersion as Version
 from torch.utils.checkpoint import checkpoint
 
 from smart_kernels import Smart, SmartConfig, ema_update_
+from smart_kernels.smart.objective import SmartOutput
 from smart_kernels.smart.parallel import Reduction, _parameter_groups, local, sharded_modules
+from smart_kernels.smart.plan import splits
 from smart_kernels.smart.teacher import Teacher
 
 
@@ -46,7 +48,14 @@ class Checkpointed(Classifier):
         return checkpoint(super().from_embeddings, *args, use_reentrant=False)
 
 
-ADVERSARIES = ("power", "predicted")
+KINDS: dict[str, dict[str, Any]] = {
+    "power": {"adversary": "power"},
+    "predicted": {"adversary": "predicted"},
+    "power, lean": {"adversary": "power", "memory": "lean"},
+    "predicted, lean": {"adversary": "predicted", "memory": "lean"},
+    "task, detached": {"adversary": "task", "detach_clean": True},
+}
+"""The last three have several backward passes on several processes, and one on the single process beside them."""
 BALL: dict[str, Any] = {"epsilon": 0.1, "noise_std": 0.05, "step_size": 0.15}
 STEPS, LR, LOCAL = 3, 0.1, 2
 CLOSE = {"rtol": 0, "atol": 1e-6}  # fp32 gradients of size 0.01 to 1, summed in another order
@@ -97,6 +106,14 @@ def start(how: str, **options: Any) -> tuple[nn.Module, Smart, Encoder, Smart]:
     return wrapped, Smart(wrapped, config, 10), alone, Smart(alone, config, 10)
 
 
+def backward(smart: Smart, batch: dict[str, Tensor], scale: float = 1.0, **options: Any) -> SmartOutput:
+    if splits(smart.config, ahead=True):
+        return smart.backward(batch, scale, **options)
+    out = smart(batch, **options)
+    (out.loss * scale).backward()
+    return out
+
+
 def check_step(model: nn.Module, smart: Smart, alone: Encoder, smart_alone: Smart) -> None:
     """Gradients, then parameters and teachers after the optimiser's step, are the same."""
     parameters = bare_names(model)
@@ -115,15 +132,14 @@ def check_step(model: nn.Module, smart: Smart, alone: Encoder, smart_alone: Smar
 # ------------------------------------------------------------------------------------------ equal to one process
 
 
-def steps_equal(rank: int, size: int, how: str, adversary: str) -> None:
-    model, smart, alone, smart_alone = start(how, adversary=adversary)
+def steps_equal(rank: int, size: int, how: str, kind: str) -> None:
+    model, smart, alone, smart_alone = start(how, **KINDS[kind])
     calls: list[None] = []
     model.register_forward_pre_hook(lambda *_: calls.append(None))
     for step in range(STEPS):
         joined = draw(step, LOCAL * size)
         batch, noise = part(*joined, slice(rank * LOCAL, (rank + 1) * LOCAL))
-        out = smart(batch, initial_perturbation=noise)
-        out.loss.backward()
+        out = backward(smart, batch, initial_perturbation=noise)
         expected = smart_alone(joined[0], initial_perturbation=joined[1])
         expected.loss.backward()
         torch.testing.assert_close(out.perturbation, expected.perturbation[rank * LOCAL : (rank + 1) * LOCAL], **CLOSE)
@@ -146,9 +162,9 @@ RECOMPUTED = pytest.param(
 @pytest.mark.parametrize(
     "how", ["ddp", "ddp static", "ddp unused", "ddp checkpointed", "fsdp", "fsdp nested", RECOMPUTED]
 )
-@pytest.mark.parametrize("adversary", ADVERSARIES)
-def test_three_steps_are_those_of_one_process(world: World, how: str, adversary: str) -> None:
-    world.run(steps_equal, how, adversary)
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_steps_are_those_of_one_process(world: World, how: str, kind: str) -> None:
+    world.run(steps_equal, how, kind)
 
 
 # ---------------------------------------------------------------------------------- what is sent, and how often
@@ -194,7 +210,7 @@ def bytes_sent(rank: int, size: int, how: str, options: dict[str, Any] | None, m
         for step in range(2):
             for i in range(micro_batches):
                 with accumulating(model, i == micro_batches - 1):
-                    smart(draw(step, LOCAL)[0]).loss.backward()
+                    backward(smart, draw(step, LOCAL)[0])
             steps.append(list(sent))
             sent.clear()
             torch.optim.SGD(model.parameters(), lr=LR).step()
@@ -209,8 +225,8 @@ def test_gradients_are_sent_once_a_step(world: World, how: str, micro_batches: i
     (vanilla, *others) = world.run(bytes_sent, how, None, 1)
     assert all(other == vanilla for other in others)
     assert all(sum(step) > 0 for step in vanilla)
-    for adversary in ADVERSARIES:
-        for sent in world.run(bytes_sent, how, {"adversary": adversary}, micro_batches):
+    for options in KINDS.values():
+        for sent in world.run(bytes_sent, how, options, micro_batches):
             assert sent == vanilla, (sent, vanilla)
 
 
@@ -249,32 +265,32 @@ def test_gradients_are_held_back_as_long_as_they_must(world: World) -> None:
     world.run(holds_gradients_back_as_long_as_it_must)
 
 
-def micro_batches_equal(rank: int, size: int, how: str, adversary: str) -> None:
-    model, smart, alone, smart_alone = start(how, adversary=adversary)
+def micro_batches_equal(rank: int, size: int, how: str, kind: str) -> None:
+    model, smart, alone, smart_alone = start(how, **KINDS[kind])
     for step in range(2):
         joined = draw(step, 4 * size)
         for i in range(4):
             chosen = slice(rank * 4 + i, rank * 4 + i + 1)
             with accumulating(model, i == 3):
                 batch, noise = part(*joined, chosen)
-                (smart(batch, initial_perturbation=noise).loss / 4).backward()
+                backward(smart, batch, 0.25, initial_perturbation=noise)
         smart_alone(joined[0], initial_perturbation=joined[1]).loss.backward()
         check_step(model, smart, alone, smart_alone)  # which moves either teacher once
 
 
-@pytest.mark.parametrize("adversary", ADVERSARIES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp nested"])
-def test_four_micro_batches_are_a_large_one(world: World, how: str, adversary: str) -> None:
-    world.run(micro_batches_equal, how, adversary)
+def test_four_micro_batches_are_a_large_one(world: World, how: str, kind: str) -> None:
+    world.run(micro_batches_equal, how, kind)
 
 
-def uneven_counts_equal(rank: int, size: int, how: str, adversary: str) -> None:
+def uneven_counts_equal(rank: int, size: int, how: str, kind: str) -> None:
     """Ranks have 1, 4, 7 of the tokens that count, and the last micro-batch of the first rank none."""
     torch.manual_seed(0)
     model = Tagger()
     alone = copy.deepcopy(model)
     model = wrap(model, how)
-    smart, smart_alone = (Smart(m, SmartConfig(**BALL, adversary=adversary), 10) for m in (model, alone))
+    smart, smart_alone = (Smart(m, SmartConfig(**BALL, **KINDS[kind]), 10) for m in (model, alone))
     samples = 2 * size
     for _ in range(2):
         labels = torch.full((samples, 6), -100)
@@ -293,14 +309,14 @@ def uneven_counts_equal(rank: int, size: int, how: str, adversary: str) -> None:
             with accumulating(model, i == 1):
                 batch, batch_noise = part(own, own_noise, slice(i, i + 1))
                 batch["num_items_in_batch"] = num_items
-                smart(batch, initial_perturbation=batch_noise, num_items=num_items).loss.backward()
+                backward(smart, batch, initial_perturbation=batch_noise, num_items=num_items)
         check_step(model, smart, alone, smart_alone)
 
 
-@pytest.mark.parametrize("adversary", ADVERSARIES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_ranks_with_different_counts_give_the_global_mean(world: World, how: str, adversary: str) -> None:
-    world.run(uneven_counts_equal, how, adversary)
+def test_ranks_with_different_counts_give_the_global_mean(world: World, how: str, kind: str) -> None:
+    world.run(uneven_counts_equal, how, kind)
 
 
 # ----------------------------------------------------------------------------------------------- noise and teacher

@@ -19,7 +19,13 @@ PUBLIC = [getattr(smart_kernels, name) for name in smart_kernels.__all__]
 
 @pytest.mark.parametrize(
     "item",
-    [*PUBLIC, environment.kernels, save_smart, pytest.param(SmartTrainingArguments, marks=requires_trainer)],
+    [
+        *PUBLIC,
+        smart_kernels.Smart.backward,
+        environment.kernels,
+        save_smart,
+        pytest.param(SmartTrainingArguments, marks=requires_trainer),
+    ],
     ids=lambda item: item.__name__,
 )
 def test_docstring_example(item: object) -> None:

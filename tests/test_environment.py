@@ -17,9 +17,9 @@ from smart_kernels.ops._library import OPS
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_report_names_every_op_and_what_the_dispatcher_would_call() -> None:
+def test_report_names_every_op_and_what_the_dispatcher_would_call(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "smart_kernels.environment"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)  # not beside the sources
     for op, served in environment.kernels().items():
         table = torch._C._dispatch_dump_table(f"smart_kernels::{op}")
         cpu = next(line for line in table.splitlines() if line.startswith("CPU:"))

@@ -64,10 +64,15 @@ def train_part_with_fixed_noise(*args: Any) -> tuple[dict[str, Tensor], ...]:
 
 
 @requires_trainer
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_two_processes_are_one(name: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("bert", {}), ("gpt2", {}), ("bert", {"smart_detach_clean": True}), ("gpt2", {"smart_memory": "lean"})],
+)
+def test_two_processes_are_one(
+    name: str, more: dict[str, Any], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In micro-batches with different numbers of tokens; also where the model's loss ignores how many there are."""
-    options = {"build": NO_DROPOUT[name], "optim": "sgd", "gradient_accumulation_steps": 2, "max_steps": 2}
+    options = {"build": NO_DROPOUT[name], "optim": "sgd", "gradient_accumulation_steps": 2, "max_steps": 2, **more}
     results = world.run(train_part_with_fixed_noise, (name, tmp_path, 2), options)
     monkeypatch.setattr(objective, "init_perturbation", fixed_noise)
     expected = train(name, tmp_path, 4, **options)

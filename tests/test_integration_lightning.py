@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,29 @@ def test_it_is_the_objective_of_smart(task: str, tmp_path: Path) -> None:
     for name, p in twin.named_parameters():
         assert torch.equal(module.model.get_parameter(name), p), name
         assert torch.equal(callback.smart.teacher.shadows[f"model.{name}"], smart.teacher.shadows[name]), name
+
+
+@pytest.mark.parametrize("options", [{"detach_clean": True}, {"memory": "lean"}])
+def test_one_graph_at_a_time_trains_the_same(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In micro-batches, by a gradient scaler, against steps of both graphs; gradients are sums in another order."""
+    ends = []
+    config = dataclasses.replace(BALL, **options)
+    for ahead in (True, False):
+        if not ahead:
+            monkeypatch.setattr(Smart, "ahead", lambda self, batch, scale: self(batch))
+        torch.manual_seed(0)
+        module, watching = Module(), Watching()
+        torch.manual_seed(1)
+        trainer = trainer_for(
+            tmp_path, SmartCallback(config), watching, plugins=[_Fp16()], accumulate_grad_batches=2, max_epochs=2
+        )
+        trainer.fit(module, loader())
+        assert trainer.global_step == 4
+        ends.append([*(p.detach() for p in module.parameters()), torch.tensor([s["loss"] for s in watching.seen])])
+    for actual, expected in zip(*ends, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)  # after AdamW, which divides by their size
 
 
 class Watching(pl.Callback):

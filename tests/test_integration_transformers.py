@@ -20,7 +20,7 @@ import transformers
 from hf_tasks import NO_DROPOUT, SIZES, TASKS, trainer_for
 
 import smart_kernels
-from smart_kernels import SmartConfig
+from smart_kernels import Smart, SmartConfig
 from smart_kernels.integrations import transformers as integration
 from smart_kernels.integrations.transformers import (
     SmartTrainer,
@@ -28,7 +28,7 @@ from smart_kernels.integrations.transformers import (
     last_complete_checkpoint,
     what_lacks,
 )
-from smart_kernels.smart import objective
+from smart_kernels.smart import gradients, objective
 from smart_kernels.smart.embedding import find_embedding
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,6 +122,32 @@ def test_four_micro_batches_equal_a_large_one(
                 key
             )  # logged in fp32, summed in another order
     assert history[1]["proximal"] > 0
+
+
+@pytest.mark.parametrize("options", [{"smart_detach_clean": True}, {"smart_memory": "lean"}])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_one_graph_at_a_time_trains_the_same(
+    name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In micro-batches, with dropout, against steps of both graphs; gradients are sums in another order."""
+    ends, early = [], []
+    collect = gradients.Held.collect
+
+    def counted(*args: Any) -> None:
+        early.append(None)
+        collect(*args)
+
+    monkeypatch.setattr(gradients.Held, "collect", counted)
+    options = {"gradient_accumulation_steps": 2, "optim": "sgd", "learning_rate": 0.1, **BALL, **options}
+    for ahead in (True, False):
+        if not ahead:
+            monkeypatch.setattr(Smart, "ahead", lambda self, batch, scale, **options: self(batch, **options))
+        trainer = trainer_for(TASKS[name], tmp_path, max_steps=2, **options)
+        trainer.train()
+        assert len(early) == 4  # a backward pass ahead in each micro-batch, of the first training alone
+        ends.append(parameters(trainer))
+    for key, p in ends[1].items():
+        torch.testing.assert_close(ends[0][key], p, rtol=1e-5, atol=1e-7)
 
 
 class WithoutKeywords(transformers.BertForTokenClassification):

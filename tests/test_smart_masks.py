@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -215,3 +216,47 @@ def test_masks_that_are_not_shared_are_drawn(dropout: str) -> None:
     smart = Smart(model, SmartConfig(mu=0.0, adversary="random", dropout=dropout), 10)
     with draws(6 if dropout == "independent" else 0):
         smart(batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["dropout", "attention"])
+def test_masks_that_are_kept_outlive_their_graph_and_lie_small_in_the_next(kind: str, dtype: torch.dtype) -> None:
+    """Results and gradients to the bit; a graph that saved its own output by a hook would never go."""
+
+    def run(x: Tensor) -> Tensor:
+        if kind == "dropout":
+            return F.dropout(x.sin(), 0.3)
+        q, k, v = (i * x.sin() for i in (1, 2, 3))
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.3)
+
+    x = torch.randn(4, 4, 64, 64, dtype=dtype)
+    state = torch.get_rng_state()
+    inputs = [x.clone().requires_grad_() for _ in range(3)]
+    expected = run(inputs[0])
+    after = torch.get_rng_state()
+    weights = torch.randn_like(expected)
+    (expected * weights).sum().backward()
+
+    masks = SharedMasks()
+    for pack, leaf in zip((False, True), inputs[1:], strict=True):
+        masks.set(keep=True, pack=pack)
+        torch.set_rng_state(state)
+        with masks:
+            result = run(leaf)
+        assert torch.equal(torch.get_rng_state(), after)
+        assert torch.equal(result, expected)
+        (result * weights).sum().backward()
+        del result
+        assert torch.equal(leaf.grad, inputs[0].grad)
+    assert all(mask.scaled() is None for mask in masks._watch.masks.values())
+    masks.clear()
+    torch.set_rng_state(state)
+    masks.set(keep=True, pack=True)
+    with masks:
+        made = inputs[2] * 2
+        gone = weakref.ref(made)
+        result = run(made)
+    del made
+    assert gone() is not None
+    del result
+    assert gone() is None

@@ -11,10 +11,8 @@
 #include <tuple>
 
 #include "cpu/cache.h"
+#include "cpu/isa.h"
 #include "cpu/tensors.h"
-
-#define SK_KERNEL "cpu/divergence_kernel.h"
-#include "cpu/foreach_isa.h"
 
 namespace smart_kernels {
 namespace {

@@ -25,4 +25,15 @@ struct DivergenceJob {
   void* grad_both = nullptr;  // the sum of both, with a difference alone
 };
 
+// The rows [begin, end), in divergence_kernel.h, compiled for each instruction set in a file of its own
+namespace avx512 {
+void divergence_rows(const DivergenceJob& job, int64_t begin, int64_t end);
+}
+namespace avx2 {
+void divergence_rows(const DivergenceJob& job, int64_t begin, int64_t end);
+}
+namespace baseline {
+void divergence_rows(const DivergenceJob& job, int64_t begin, int64_t end);
+}
+
 }  // namespace smart_kernels

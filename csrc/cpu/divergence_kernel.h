@@ -143,12 +143,14 @@ SK_INLINE V tempered(const LongRow<T>& row, V x) {
   else return x;
 }
 
-// An absent class has no difference. One that is masked on one side alone has as large a one as there is.
+// An absent class has no difference. One that is masked on one side alone has as large a one as there is, in a row that is
+// known to be finite for all that; before, it has to show in the sums.
 template <typename T, bool checked>
-SK_INLINE Vec<T> difference(const Pair<T>& x, Vec<T> d) {
+SK_INLINE Vec<T> difference(const LongRow<T>& row, const Pair<T>& x, Vec<T> d) {
   if constexpr (!checked) return d;
   const Vec<T> most = set1(std::numeric_limits<T>::max());
-  return x.absent ? Vec<T>{} : vmin(vmax(d, -most), most);
+  if (row.careful) d = vmin(vmax(d, -most), most);
+  return x.absent ? Vec<T>{} : d;
 }
 
 // The row's maxima, and with them the centre of d, move on to those of its next block; the sums follow.
@@ -197,7 +199,7 @@ void gather(LongRow<T>& row, const T* a, const T* b, int64_t cols, int64_t ahead
     __builtin_prefetch(a + j + ahead);
     __builtin_prefetch(b + j + ahead);
     const Pair<T> y = load_pair<T, checked, given>(a, b, j, n);
-    const Vec<T> d = difference<T, checked>(y, tempered<scaled>(row, y.d - centre));
+    const Vec<T> d = difference<T, checked>(row, y, tempered<scaled>(row, y.d - centre));
     const Vec<T> w = exp_nonpositive<T>(tempered<scaled>(row, y.b - max_b));
     Vec<T> x = near ? expm1_small<T>(d) : exp_nonpositive<T>(tempered<scaled>(row, y.a - max_a));
     if constexpr (wait) put(wait_b + j, w, n), put(wait_a + j, x, n);
@@ -283,7 +285,7 @@ class Reader {
   template <bool checked>
   SK_INLINE Classes<T> read(int64_t j, int n) const {
     const Pair<T> y = load_pair<T, checked, given>(a_, b_, j, n);
-    const Vec<T> d = difference<T, checked>(y, tempered<scaled>(row_, y.d - centre_));
+    const Vec<T> d = difference<T, checked>(row_, y, tempered<scaled>(row_, y.d - centre_));
     const Vec<T> t = d - s_;
     Vec<T> p, q, x;  // rounded: the same bits whichever gradients are wanted
     if constexpr (waiting) q = load_n(wait_b_ + j, n, T(0));
@@ -394,7 +396,7 @@ class ShortRows {
         undefined |= ~(a[j] < kInf<T>) | ~(b[j] < kInf<T>);
         if (infinite_without_p(kind)) infinite |= no_a & ~no_b;
         if (infinite_without_q(kind)) infinite |= no_b & ~no_a;
-        const Vec<T> most = set1(std::numeric_limits<T>::max());
+        const Vec<T> most = set1(std::numeric_limits<T>::max() / (inverse_ > 1 ? 2 * inverse_ : T(1)));  // finite over T
         t_[j] = no_a & no_b ? centre : vmin(vmax(t_[j], -most), most);
         low = vmin(t_[j], low);
         high = vmax(t_[j], high);

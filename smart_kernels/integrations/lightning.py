@@ -24,8 +24,12 @@ class SmartCallback(Callback):  # type: ignore[misc]
     alone: then the outputs of the model's calls in it are compared. It runs once a step, and so do its logs, metrics
     and counters. Where the logits come about in a way that cannot be followed, it runs for each pass; what it logs
     counts once, and what it changes in the module is put back. Where it returns None, the batch is skipped. The module
-    logs task_loss, smoothness, proximal and skipped_samples too. The teacher moves after each step that the optimiser
-    has made. The state of SMART is part of Lightning's checkpoints.
+    logs task_loss, smoothness, proximal, smoothness_share (lambda_s * smoothness over task_loss) and skipped_samples
+    too; where the share is below 1e-4, one warning after the first epoch names a radius that does something. The
+    teacher moves after each step that the optimiser has made. A step has the passes of
+    :meth:`~smart_kernels.Smart.backward`: with ``detach_clean=True`` or ``memory="lean"`` there is one graph at a time,
+    and the loss that Lightning calls backward on has that of the last pass. The state of SMART is part of Lightning's
+    checkpoints.
 
     Args:
         config: the hyper-parameters; the paper's by default.
@@ -85,6 +89,11 @@ class SmartCallback(Callback):  # type: ignore[misc]
         update = self.smart.update
         self._handles = [o.register_step_post_hook(lambda *_: update()) for o in trainer.optimizers]
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After the first epoch, warn if the smoothness term does nothing."""
+        assert self.smart is not None
+        self.smart.end_epoch()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module as it was."""
         if self._handles:
@@ -116,13 +125,15 @@ class SmartCallback(Callback):  # type: ignore[misc]
         """In place of the module's training_step."""
         assert self.smart is not None
         self._place = place
+        scaler = getattr(pl_module.trainer.precision_plugin, "scaler", None)
         try:
-            out = self.smart(batch)
+            out = self.smart.ahead(batch, scaler or 1.0)
         except _NoLoss:  # the module skips the batch
             return None
         output, self._output = self._output, None
         for name in ("task_loss", "smoothness", "proximal"):
             pl_module.log(name, getattr(out, name))
+        pl_module.log("smoothness_share", self.smart.config.lambda_s * out.smoothness / out.task_loss)
         pl_module.log("skipped_samples", self.smart.skipped.float())
         return {**output, "loss": out.loss} if isinstance(output, Mapping) else out.loss
 

@@ -130,10 +130,15 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
     takes no `**kwargs`), it takes the mean of the micro-batches' means, however many items each has, and so do all
     three terms.
 
-    The log gets task_loss, smoothness, proximal and perturbation_linf (or _l2: the largest norm of a sample's
-    perturbation, in units of the embeddings), each a mean since the last entry, and skipped_samples, how many samples
-    so far had no finite gradient. Checkpoints get "smart.safetensors". A checkpoint that is not complete, because the
-    process was killed, is passed over by ``train(resume_from_checkpoint=True)``, and is an error if it is named.
+    A step has the passes of :meth:`~smart_kernels.Smart.backward`: with `smart_detach_clean` or ``smart_memory="lean"``
+    there is one graph at a time, and the loss that Trainer calls backward on has that of the last pass.
+
+    The log gets task_loss, smoothness, proximal, smoothness_share (lambda_s * smoothness over task_loss) and
+    perturbation_linf (or _l2: the largest norm of a sample's perturbation, in units of the embeddings), each a mean
+    since the last entry, and skipped_samples, how many samples so far had no finite gradient. Where the share is below
+    1e-4, one warning after the first epoch names a radius that does something. Checkpoints get "smart.safetensors". A
+    checkpoint that is not complete, because the process was killed, is passed over by
+    ``train(resume_from_checkpoint=True)``, and is an error if it is named.
 
     Beside another trainer, inherit from both, this class first: ``class T(SmartTrainer, SFTTrainer)``, with arguments
     of a dataclass that inherits from SmartTrainingArguments and SFTConfig; likewise for Seq2SeqTrainer, TRL's
@@ -283,7 +288,11 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
         self._outputs = None
         self._returns_outputs = return_outputs
         self.smart.asks_for_logits(not return_outputs and self._own_forward is None)
-        out = self.smart({**inputs, _NUM_ITEMS: num_items_in_batch}, num_items=share)
+        batch = {**inputs, _NUM_ITEMS: num_items_in_batch}
+        if _reentrant(self.args):  # which has no gradients but those of the only backward pass
+            out = self.smart(batch, num_items=share)
+        else:
+            out = self.smart.ahead(batch, self.accelerator.scaler or 1.0, num_items=share)
         outputs, self._outputs = self._outputs, None
         self._record(out, weight / batches if divides else weight)
         loss = weight * out.loss
@@ -371,6 +380,8 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
             values = self.accelerator.reduce(sums).tolist()
             names = "task_loss", "smoothness", "proximal", f"perturbation_{self.smart.config.norm}", "skipped_samples"
             logs |= dict(zip(names, values, strict=True))
+            if logs["task_loss"]:
+                logs["smoothness_share"] = self.smart.config.lambda_s * logs["smoothness"] / logs["task_loss"]
             self._sums.zero_()
             self._steps = 0
         super().log(logs, *args, **kwargs)
@@ -426,7 +437,7 @@ def _named_mask(name: str | None) -> Callable[[Any], Any]:
 
 
 class _Steps(TrainerCallback):  # type: ignore[misc]
-    """Tells a SmartTrainer when training begins and when the optimiser has made a step."""
+    """Tells a SmartTrainer when training begins, the optimiser has made a step, and an epoch ends."""
 
     def __init__(self, trainer: SmartTrainer) -> None:
         self._trainer = trainer
@@ -439,6 +450,10 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.end_step()
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._trainer.smart is not None:
+            self._trainer.smart.end_epoch()
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str:

@@ -7,16 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from smart_kernels.smart.config import Logits, SmartConfig
+from smart_kernels.smart.config import AT_CLEAN, Logits, SmartConfig
 from smart_kernels.smart.divergence import Divergence
 from smart_kernels.smart.passes import CleanPass, Passes, detached
 from smart_kernels.smart.positions import Positions
 
 Deltas = tuple[Tensor, ...]
 """A perturbation for each call of the perturbed module in a pass."""
-
-AT_CLEAN = ("predicted", "fisher", "task")
-"""The adversaries whose gradient is taken at the clean embeddings."""
 
 _SCALE = 2.0**8
 """Of what is pulled back to the embeddings: in fp16, room for gradients that shrink on the way (a mean over 512
@@ -32,6 +29,7 @@ def find_perturbation(
     positions: Sequence[Positions],
     generator: torch.Generator,
     skipped: Tensor,
+    direction: Deltas | None = None,
 ) -> Deltas:
     """The perturbation of a batch's embeddings: Algorithm 1's inner loop, or one of the cheaper ways.
 
@@ -45,6 +43,7 @@ def find_perturbation(
         generator: what "fisher" draws from.
         skipped: int64 scalar on the noise's device, which grows at each ascent step by the number of samples (or
             tokens) whose gradient is not finite; the step leaves their perturbation as it was, the noise at first.
+        direction: the gradient with respect to the embeddings, where it has been found before.
 
     Returns:
         The perturbations, like `noise`, in the ball (but for "random", the noise itself); they require no gradient.
@@ -79,7 +78,9 @@ def find_perturbation(
 
     deltas, clean_points = noise, clean.points
     for _ in range(config.ascent_steps):
-        if at_clean and clean_points is not None:
+        if direction is not None:
+            grads = direction
+        elif at_clean and clean_points is not None:
             grads = gradient(clean.loss, clean.logits, clean_points)
         else:  # also for want of the clean pass's graph: it is then repeated, with a graph of the embeddings alone
             points = tuple(torch.zeros_like(d) for d in noise) if at_clean else deltas

@@ -23,9 +23,9 @@ _CAUSES = (
 )
 
 
-def check_connected(clean: CleanPass, logits: Logits) -> None:
+def check_connected(trains: bool, logits: Logits) -> None:
     """Raise RuntimeError where logits, of the clean pass or a perturbed one, carry no graph, while the loss does."""
-    if clean.loss.requires_grad and torch.is_grad_enabled():
+    if trains and torch.is_grad_enabled():
         for i, x in enumerate(logits):
             if not x.requires_grad:
                 raise RuntimeError(
@@ -113,7 +113,7 @@ def check_moves(
                     f"check: {does} in this step: {dtype} resolves {resolution:.1g} at the embeddings' mean size of "
                     f"{size:.2g}. Raise epsilon (and noise_std, where the adversary starts from noise) above that, or "
                     "compute in float32.",
-                    stacklevel=3,
+                    stacklevel=7,  # the caller of a step
                 )
                 return True
     raise RuntimeError(

@@ -23,8 +23,12 @@ CHOICES = {
     "proximal": ("momentum", "vanilla", "none"),
     "dropout": ("shared", "independent", "off"),
     "divergence": ("auto", "squared_error", *KINDS),
+    "memory": ("fast", "lean"),
 }
 """What the fields that are words may be."""
+
+AT_CLEAN = ("predicted", "fisher", "task")
+"""The adversaries whose gradient is taken at the clean embeddings."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,9 @@ class SmartConfig:
             evaluation mode, batch normalisation apart. "shared" and "independent" read and set the state of
             the default generators, which a CUDA graph's capture forbids: capture with "off".
         detach_clean: take the clean pass in R_s as a constant; by default gradients flow into it too (section 3.1).
+        memory: how :meth:`smart_kernels.Smart.backward` orders its passes where gradients flow into the clean pass:
+            "fast", both graphs at a time and one backward pass; "lean", one graph at a time, for one more forward
+            pass. Without effect with ``detach_clean=True``, where it is one graph at a time in any case.
         check: at the first step, see that the terms are connected (:meth:`smart_kernels.Smart.check`), for a few
             forward passes, once; training stops where one is not.
 
@@ -106,6 +113,7 @@ class SmartConfig:
     divergence: str | Callable[[Any, Any, Mapping[str, Any]], Tensor] = "auto"
     dropout: str = "shared"
     detach_clean: bool = False
+    memory: str = "fast"
     check: bool = True
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smart_kernels.smart.gradients import leaves_of
 from smart_kernels.smart.parallel import bare
 from smart_kernels.smart.structure import replaced, tensors
 
@@ -112,16 +113,18 @@ class EmbeddingCall:
 
     Attributes:
         output: the first floating-point tensor of its output, in its graph.
-        point: the tensor to differentiate the pass by: the output, or, where nothing that leads to it requires grad, a
-            leaf; None where that was not asked for.
+        point: the tensor to differentiate the pass by: the output on its way into the model, or, where nothing that
+            leads to it requires grad, or the graph is cut, a leaf; None where that was not asked for.
         ids: the integer tensor that was looked up, as far as there is one.
         grad: whether a graph was made.
+        cut: whether the point is a leaf in place of an output that has a graph of its own.
     """
 
     output: Tensor
     point: Tensor | None
     ids: Tensor | None
     grad: bool
+    cut: bool = False
 
 
 class EmbeddingHook:
@@ -140,16 +143,26 @@ class EmbeddingHook:
         """What the layers behind the module compute in, as it was read last: the autocast's dtype, or the output's."""
         self.calls: list[EmbeddingCall] = []
         """Those of the pass that is read."""
+        self.cuts: list[tuple[Tensor, Tensor]] = []
+        """What the module gave, and the leaf that the model got in its place: their graphs are apart."""
         self._replacements: Mapping[int, Tensor] | None = None
+        self._added: Mapping[int, Tensor] = {}
         self._differentiable = False
+        self._cut = False
         self._count = 0
         self._saving: Any = None
 
     @contextmanager
-    def read(self, differentiable: bool = False) -> Iterator[None]:
-        """Keep the module's calls in this pass in :attr:`calls`."""
+    def read(self, differentiable: bool = False, cut: bool = False) -> Iterator[None]:
+        """Keep the module's calls in this pass in :attr:`calls`.
+
+        Args:
+            differentiable: give each a point to differentiate by.
+            cut: let the graph of the model begin behind the module, so that it can be freed without the module's.
+        """
         self.calls = []
         self._differentiable = differentiable
+        self._cut = cut
         with self._hooked():
             yield
 
@@ -166,21 +179,25 @@ class EmbeddingHook:
     def forget(self) -> None:
         """Do not keep the calls, and their graph, any longer."""
         self.calls = []
+        self.cuts = []
 
     @contextmanager
-    def replace(self, outputs: Mapping[int, Tensor], calls: int) -> Iterator[None]:
+    def replace(
+        self, outputs: Mapping[int, Tensor], calls: int, added: Mapping[int, Tensor] | None = None
+    ) -> Iterator[None]:
         """Let the module's calls give other outputs in this pass.
 
         Args:
             outputs: by the number of the call.
             calls: how many there are to be.
+            added: by the number of the call, what is added to the output that the call gives in this pass.
         """
-        self._replacements = outputs
+        self._replacements, self._added = outputs, added or {}
         try:
             with self._hooked():
                 yield
         finally:
-            self._replacements = None
+            self._replacements, self._added = None, {}
         if self._count != calls:
             raise RuntimeError(
                 f"embedding: the {type(self.module).__name__} was called {self._count} times in a pass with a "
@@ -212,7 +229,13 @@ class EmbeddingHook:
         if not torch.compiler.is_compiling():
             self._refuse_checkpoint()
         if self._replacements is not None:
-            return with_first_floating(output, self._replacements[place]) if place in self._replacements else output
+            if place in self._replacements:
+                return with_first_floating(output, self._replacements[place])
+            if place in self._added:
+                x = first_floating(output)
+                assert x is not None
+                return with_first_floating(output, perturb(x, self._added[place]))
+            return output
         x = first_floating(output)
         if x is None or x.dim() < 2:
             got = f"the {type(self.module).__name__} returns {type(output).__name__}"
@@ -223,13 +246,26 @@ class EmbeddingHook:
         kind = x.device.type
         autocast = kind in _WITH_AUTOCAST and torch.is_autocast_enabled(kind)
         self.compute_dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
-        point = None
-        if self._differentiable and torch.is_grad_enabled():
-            point = x if x.requires_grad else x.detach().requires_grad_()
+        point, cuts = None, {}
+        if self._cut and torch.is_grad_enabled() and self._stands_alone(output):
+            cuts = {id(v): v.detach().requires_grad_() for v in tensors([output]) if _cuttable(v)}
+            self.cuts += [(v, cuts[id(v)]) for v in tensors([output]) if id(v) in cuts]
+            point = cuts.get(id(x))
+        if point is None and self._differentiable and torch.is_grad_enabled():
+            # a view, as the output itself may have been taken by another hook
+            point = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         ids = [a for a in args if isinstance(a, Tensor) and not a.is_floating_point()]
-        self.calls.append(EmbeddingCall(x, point, ids[0] if ids else None, torch.is_grad_enabled()))
+        self.calls.append(EmbeddingCall(x, point, ids[0] if ids else None, torch.is_grad_enabled(), id(x) in cuts))
         # The model gets a copy, as it may change what it gets in place.
-        return with_first_floating(output, (x if point is None else point).clone())
+        given = (x if point is None else point).clone()
+        if not cuts:
+            return with_first_floating(output, given)
+        return replaced(output, lambda v: given if v is x else cuts[id(v)].clone() if id(v) in cuts else v)
+
+    def _stands_alone(self, output: Any) -> bool:
+        """Whether what the module gave was made of its own parameters and of nothing else that has a gradient."""
+        own = {id(p) for p in self.module.parameters()}
+        return all(id(leaf) in own for x in tensors([output]) if _cuttable(x) for leaf in leaves_of(x)[0])
 
     def _refuse_checkpoint(self) -> None:
         """What a checkpointed region computes anew in the backward pass would miss the replacement."""
@@ -240,6 +276,10 @@ class EmbeddingHook:
                 "which is computed anew in the backward pass, without the perturbation; expected one in front of it, "
                 "or no checkpointing there"
             )
+
+
+def _cuttable(x: Tensor) -> bool:
+    return x.is_floating_point() and x.requires_grad
 
 
 def _saving_hooks() -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -34,19 +35,29 @@ class _Draw(NamedTuple):
 
 
 class _Mask(NamedTuple):
-    """A mask that was drawn and then divided by the probability of a 1, as long as a graph keeps it.
+    """A mask that was drawn and then divided by the probability of a 1, as long as a graph keeps it or we do.
 
     Attributes:
         draw: how it was drawn.
         after: the generator's state after that.
         scaled: the mask.
         version: its version counter then; another value says that it was changed since.
+        kept: where it is 1, a byte an element, to be there when the graph is not; else None.
     """
 
     draw: _Draw
     after: Tensor
     scaled: TensorWeakRef
     version: int
+    kept: Tensor | None
+
+
+class _Saved(NamedTuple):
+    """A mask in a graph, in place of its numbers."""
+
+    kept: Tensor
+    dtype: torch.dtype
+    keep: float
 
 
 class SharedMasks(TorchFunctionMode):
@@ -72,6 +83,15 @@ class SharedMasks(TorchFunctionMode):
         super().__init__()
         self._watch = _Watch()
 
+    def set(self, keep: bool, pack: bool) -> None:
+        """For what is drawn from now on.
+
+        Args:
+            keep: masks outlive the graphs that they were drawn for, a byte an element.
+            pack: a graph has the byte, too, in place of the number.
+        """
+        self._watch.keep, self._watch.pack = keep, pack
+
     def clear(self) -> None:
         """Forget all masks."""
         self._watch.masks.clear()
@@ -83,7 +103,7 @@ class SharedMasks(TorchFunctionMode):
         masked = _MASKED.get(func)
         if masked is None or torch.compiler.is_compiling() or masked(*args, **kwargs or {}) < _FEWEST:
             return func(*args, **kwargs or {})
-        with self._watch:
+        with self._watch, self._watch.saving():
             return func(*args, **kwargs or {})
 
 
@@ -117,8 +137,30 @@ class _Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.masks: dict[int, _Mask] = {}
-        self._drawn: tuple[Tensor, _Draw, Tensor] | None = None
+        self.keep = self.pack = self._packing = False
+        self._drawn: tuple[Tensor, _Draw, Tensor, Tensor | None] | None = None
         self._found: Tensor | None = None
+        self._saving: dict[int, tuple[TensorWeakRef, _Saved]] = {}  # by address, of the function that is watched
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """A graph that is made here saves its masks as they are kept; one that saves by other rules, by those."""
+        if not self.pack or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # type: ignore[attr-defined]
+            yield
+            return
+        self._packing = True
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+                yield
+        finally:
+            self._packing = False
+            self._saving.clear()
+
+    def _pack(self, x: Tensor) -> Tensor | _Saved:
+        mask, saved = self._saving.get(x.data_ptr(), (None, None))
+        if saved is not None and mask is not None and mask() is x:
+            return saved
+        return x.detach()  # a node that holds its own output itself is never freed
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -134,9 +176,11 @@ class _Watch(TorchDispatchMode):
             return self._draw(*args)
         result = func(*args, **kwargs or {})
         if func is _SCALE and drawn is not None and args[0] is drawn[0] and args[1] == drawn[1].keep:
-            mask, draw, after = drawn
+            mask, draw, after, kept = drawn
+            if kept is not None and self._packing:
+                self._saving[mask.data_ptr()] = TensorWeakRef(mask), _Saved(kept, mask.dtype, draw.keep)
             # autograd has yet to count this division
-            self.masks[_key(draw)] = _Mask(draw, after, TensorWeakRef(mask), mask._version + 1)
+            self.masks[_key(draw)] = _Mask(draw, after, TensorWeakRef(mask), mask._version + 1, kept)
         return result
 
     def _draw(self, mask: Tensor, keep: float = 0.5) -> Tensor:
@@ -148,9 +192,17 @@ class _Watch(TorchDispatchMode):
                 torch.set_rng_state(known.after)
                 self._found = _SHARE(mask, scaled)
                 return mask
+            if known.kept is not None:
+                torch.set_rng_state(known.after)
+                self._drawn = mask.copy_(known.kept), draw, known.after, known.kept
+                return mask
         _DRAW(mask, keep)
-        self._drawn = mask, draw, torch.get_rng_state()
+        self._drawn = mask, draw, torch.get_rng_state(), mask.bool() if self.keep else None
         return mask
+
+
+def _unpack(saved: Tensor | _Saved) -> Tensor:
+    return saved if isinstance(saved, Tensor) else saved.kept.to(saved.dtype).div_(saved.keep)
 
 
 def _worth_it(mask: Tensor) -> bool:

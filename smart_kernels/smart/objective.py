@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -13,17 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from smart_kernels.ops.perturbation import check_mask, init_perturbation
-from smart_kernels.smart.adversary import AT_CLEAN, Deltas, find_perturbation
+from smart_kernels.smart.adversary import Deltas, find_perturbation
 from smart_kernels.smart.check import check_connected, check_moves, check_zero
-from smart_kernels.smart.config import Logits, SmartConfig
+from smart_kernels.smart.config import AT_CLEAN, SmartConfig
 from smart_kernels.smart.divergence import Divergence, choose_divergence
+from smart_kernels.smart.effect import Effect
 from smart_kernels.smart.embedding import EmbeddingCall, find_embedding, warn_if_unresolved
+from smart_kernels.smart.gradients import like, without_autocast
 from smart_kernels.smart.parallel import bare, check_supported, rank
 from smart_kernels.smart.passes import CleanPass, Forward, Passes, detached, run_model
 from smart_kernels.smart.positions import Layout, Positions
 from smart_kernels.smart.state import Generators, set_states
+from smart_kernels.smart.step import Options, Step
 from smart_kernels.smart.structure import copied
 from smart_kernels.smart.teacher import Teacher
+
+Scale = float | Tensor | torch.amp.GradScaler
+"""What a loss is multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,7 @@ class Smart:
         # Something added to the seed, lest the noise repeat what initialised the weights, or another process's.
         self.generator = torch.Generator(device).manual_seed((torch.initial_seed() + 0x9E3779B9 * (1 + rank())) % 2**63)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._effect = Effect(config, num_training_steps, device)
 
     def __call__(
         self,
@@ -163,7 +171,7 @@ class Smart:
         generator: torch.Generator | None = None,
         num_items: float | Tensor | None = None,
     ) -> SmartOutput:
-        """The objective for a batch.
+        """The objective for a batch, with a loss to call backward on: the graphs of clean and perturbed pass.
 
         Args:
             batch: what `forward` takes; by default the mapping of the model's own arguments, with labels.
@@ -183,35 +191,91 @@ class Smart:
                 the model's output is not what the divergence can be chosen by.
             RuntimeError: the module to perturb was not called in the forward pass.
         """
-        config, passes = self.config, self._passes
+        return self._step(batch, Options(initial_perturbation, generator, num_items), ahead=False)
+
+    def backward(
+        self,
+        batch: Any,
+        scale: Scale = 1.0,
+        *,
+        initial_perturbation: Tensor | Sequence[Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        num_items: float | Tensor | None = None,
+    ) -> SmartOutput:
+        """All passes of a step, forward and backward, each graph freed as soon as it can be.
+
+        The gradients are those of ``(scale * smart(batch).loss).backward()``, to rounding, and so is all else. The
+        passes and their order are those of :func:`~smart_kernels.smart.plan.make_plan`. With ``detach_clean=True`` or
+        ``memory="lean"`` there is never more than one graph at a time, beside the gradients of the one before; no
+        parameter's gradient changes before the last backward pass, which is the only one that a reducer, a hook of a
+        parameter or an optimiser in the backward pass sees.
+
+        Args:
+            batch: as in a call.
+            scale: what the gradients are multiplied by, > 0: ``scaler.get_scale()`` of a
+                :class:`torch.amp.GradScaler`, one over the number of batches that make one gradient, or both. A
+                number, or a 0-dim tensor on the device, which is not waited for. Or the scaler itself: its scale, which
+                is not waited for either, and which begins here where it has not begun.
+            initial_perturbation: as in a call.
+            generator: as in a call.
+            num_items: as in a call.
+
+        Returns:
+            As of a call, with a loss that is detached and not scaled.
+
+        Raises:
+            TypeError: `scale` is no number, scalar tensor or gradient scaler; and as in a call.
+            ValueError: `scale` is not positive; and as in a call.
+            RuntimeError: nothing has a graph, as in ``torch.no_grad()``; a part of the model is checkpointed with
+                ``use_reentrant=True`` while there are two backward passes; and as in a call.
+
+        Example:
+            >>> import torch
+            >>> from smart_kernels import Smart, SmartConfig
+            >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 3))
+            >>> def forward(model, batch):
+            ...     logits = model(batch["words"])
+            ...     return torch.nn.functional.cross_entropy(logits, batch["labels"]), logits
+            >>> config = SmartConfig(adversary="predicted", detach_clean=True, mu=0.0)
+            >>> smart = Smart(model, config, forward=forward)
+            >>> out = smart.backward({"words": torch.tensor([[1, 2, 3], [4, 5, 6]]), "labels": torch.tensor([0, 2])})
+            >>> out.loss.requires_grad, model[2].weight.grad.shape
+            (False, torch.Size([3, 12]))
+        """
+        scale = self._check_scale(scale)
+        if not torch.is_grad_enabled():
+            raise RuntimeError("backward: got called within torch.no_grad(), expected gradients to be enabled")
+        options = Options(initial_perturbation, generator, num_items)
+        out = self._step(batch, options, ahead=True, scale=scale, known=True)
+        with without_autocast():
+            out.loss.backward(like(out.loss, scale))
+        return dataclasses.replace(out, loss=out.loss.detach())
+
+    def ahead(self, batch: Any, scale: Scale = 1.0, **options: Any) -> SmartOutput:
+        """As a call, with all backward passes made but the last: for those who call backward on the loss themselves.
+
+        What :meth:`backward` does but for its end. The loss has one graph and the gradients of the passes before; it
+        may be multiplied, divided and added to, and be called backward on once.
+
+        Args:
+            batch: as in a call.
+            scale: what the loss is going to be multiplied by, about, as in :meth:`backward`: so small gradients of an
+                fp16 model do not vanish in the backward passes that are made here.
+            options: further arguments of a call.
+        """
+        return self._step(batch, Options(**options), ahead=True, scale=self._check_scale(scale))
+
+    def _step(
+        self, batch: Any, options: Options, ahead: bool, scale: float | Tensor = 1.0, known: bool = False
+    ) -> SmartOutput:
         self._check_model()
-        with passes.step():
-            clean = passes.clean(batch, differentiable=config.adversary in AT_CLEAN)
-            loss = clean.loss
-            smoothness = proximal = loss.new_zeros(())
-            deltas: Deltas | None = None
-            checking = not self._checked and config.check and not self._alone
-            if checking:
-                check_connected(clean, clean.logits)
-            if not self._alone:
-                divergence = self._divergence(clean, num_items)
-            if self.teacher is not None:
-                proximal = divergence(clean.logits, passes.taught(self.teacher))
-                loss = loss + config.mu * proximal
-            if clean.embeddings:
-                deltas, perturbed = self._perturbed(clean, divergence, initial_perturbation, generator)
-                if checking:
-                    check_connected(clean, perturbed)
-                smoothness = divergence(perturbed, detached(clean.logits) if config.detach_clean else clean.logits)
-                loss = loss + config.lambda_s * smoothness
-            if checking:
-                check_zero(passes, clean, divergence, config, self.teacher)
-                self._checked = check_moves(clean, divergence, smoothness, deltas, self._compute_dtype, self._told)
-            passes.before_backward(loss)
+        with self._passes.step():
+            step = Step(self, batch, options, ahead, scale, known).run()
         self.steps += 1
-        perturbation = _public(deltas) if deltas else None
-        task_loss, smoothness, proximal = (x.detach() for x in (clean.loss, smoothness, proximal))
-        return SmartOutput(loss, task_loss, smoothness, proximal, _public(detached(clean.logits)), perturbation)
+        perturbation = _public(detached(step.deltas)) if step.deltas else None
+        terms = step.task_loss, step.smoothness, step.proximal
+        self._effect.add(step.smoothness, step.task_loss)
+        return SmartOutput(step.whole, *terms, _public(step.logits), perturbation)
 
     def check(self, batch: Any) -> dict[str, float]:
         """See that the terms are connected: what the first step of a training does, unless ``config.check`` is off.
@@ -240,11 +304,12 @@ class Smart:
             with passes.step(untouched=True), torch.enable_grad():
                 clean = passes.clean(batch, differentiable=config.adversary in AT_CLEAN)
                 divergence = self._divergence(clean, None)
-                check_connected(clean, clean.logits)
+                check_connected(clean.loss.requires_grad, clean.logits)
                 report = check_zero(passes, clean, divergence, config, self.teacher)
                 if clean.embeddings:
-                    deltas, perturbed = self._perturbed(clean, divergence, None, None)
-                    smoothness = divergence(detached(perturbed), detached(clean.logits))
+                    deltas = self._find(clean, divergence)
+                    perturbed = detached(self._passes.perturbed(clean, deltas))
+                    smoothness = divergence(perturbed, detached(clean.logits))
                     check_moves(clean, divergence, smoothness, deltas, self._compute_dtype, self._told)
                     report["smoothness"] = float(smoothness)
         finally:
@@ -255,6 +320,24 @@ class Smart:
     def trial(self) -> AbstractContextManager[None]:
         """Around runs of the user's function in evaluation mode whose traces are put back when it ends."""
         return self._passes.trial()
+
+    def _check_scale(self, scale: Scale) -> float | Tensor:
+        if isinstance(scale, torch.amp.GradScaler):
+            return scale.scale(torch.ones((), device=self.skipped.device))
+        if isinstance(scale, Tensor):
+            if scale.dim() or not scale.is_floating_point():
+                got = f"{scale.dtype} of shape {tuple(scale.shape)}"
+                raise TypeError(f"scale: got {got}, expected a floating-point tensor of no dimensions, or a number")
+            return scale.detach()
+        if not isinstance(scale, int | float) or isinstance(scale, bool):
+            raise TypeError(f"scale: got {type(scale).__name__}, expected a number, a tensor or a GradScaler")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale: got {scale}, expected a finite number > 0")
+        return scale
+
+    @property
+    def _checking(self) -> bool:
+        return not self._checked and self.config.check and not self._alone
 
     @property
     def alone(self) -> bool:
@@ -280,14 +363,15 @@ class Smart:
         chosen = self.config.divergence, clean.logits, clean.batch, model, num_items, clean.called
         return choose_divergence(*chosen)
 
-    def _perturbed(
+    def _find(
         self,
         clean: CleanPass,
         divergence: Divergence,
-        initial: Tensor | Sequence[Tensor] | None,
-        generator: torch.Generator | None,
-    ) -> tuple[Deltas, Logits]:
-        """The perturbations and the logits there."""
+        initial: Tensor | Sequence[Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        direction: Deltas | None = None,
+    ) -> Deltas:
+        """The perturbations."""
         generator = self.generator if generator is None else generator
         samples = clean.logits[0].size(0) if clean.logits[0].dim() else 1
         positions = [
@@ -295,9 +379,8 @@ class Smart:
             for i, (call, arguments) in enumerate(zip(clean.embeddings, clean.arguments, strict=True))
         ]
         noise = self._noise(clean.embeddings, positions, generator, initial)
-        find = self.config, self._passes, clean, divergence, noise, positions, generator, self.skipped
-        deltas = find_perturbation(*find)
-        return deltas, self._passes.perturbed(clean, deltas)
+        find = self.config, self._passes, clean, divergence, noise, positions, generator, self.skipped, direction
+        return find_perturbation(*find)
 
     def _check_model(self) -> None:
         """The model must be the one that SMART was made for."""
@@ -330,6 +413,15 @@ class Smart:
                 decay = self.config.decay if outer <= self._switch else self.config.decay_late
             self.teacher.update(decay)
         self._updates += 1
+        self._effect.count_update()
+
+    def end_epoch(self) -> None:
+        """Say, by one warning after the first epoch, if the smoothness term does nothing, and which radius would do.
+
+        That is where lambda_s * R_s is below 1e-4 of the task loss on average. After a third of `num_training_steps`
+        it is said without this call.
+        """
+        self._effect.tell()
 
     def state_dict(self) -> dict[str, Any]:
         """What an interrupted training needs to go on: the teacher, the count of updates, the generator's state."""
@@ -387,7 +479,7 @@ class Smart:
                 warnings.warn(
                     f"embedding: the {type(hook.module).__name__} to perturb is called {len(calls)} times in a pass; "
                     "each call has a perturbation of its own, so that `perturbation` is a tuple",
-                    stacklevel=4,
+                    stacklevel=9,  # the caller of a step
                 )
             for call in calls if config.adversary != "random" else ():  # which knows no radius
                 self._told |= warn_if_unresolved(call.output, config.epsilon, config.adversary, hook.compute_dtype)

@@ -59,6 +59,12 @@ def learns_static_graph(model: nn.Module) -> bool:
     return reducer is not None and bool(reducer.static_graph) and not learnt
 
 
+def finds_unused(model: nn.Module) -> bool:
+    """Whether a reducer looks through the graph of what its model gives for the parameters that are used."""
+    reducer = _reducer(model)
+    return reducer is not None and bool(reducer.find_unused_parameters)
+
+
 def _inner(model: nn.Module) -> nn.Module | None:
     return model.module if isinstance(model, DistributedDataParallel) else model._modules.get("_orig_mod")
 

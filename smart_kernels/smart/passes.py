@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from smart_kernels.smart.config import Logits
 from smart_kernels.smart.embedding import EmbeddingCall, EmbeddingHook, perturb
 from smart_kernels.smart.masks import SharedMasks
-from smart_kernels.smart.parallel import Reduction, learns_static_graph, sharded_modules, without_reducer
+from smart_kernels.smart.parallel import Reduction, finds_unused, learns_static_graph, sharded_modules, without_reducer
 from smart_kernels.smart.recording import Recording, Replay
 from smart_kernels.smart.state import Attributes, Generators, States, has_attributes, reachable, set_states
 from smart_kernels.smart.structure import copied
@@ -118,6 +118,8 @@ class CleanPass:
         places: which of all calls of the module in the user's function these are.
         called: where the logits are what calls of the model gave, how they are called there; else None.
         regraphed: whether the logits were computed once more, with a graph; the loss knows nothing of them then.
+        cuts: tensors in front of the model's graph, and the leaves that stand for them in it.
+        constant: whether loss and logits are constants.
     """
 
     loss: Tensor
@@ -128,12 +130,18 @@ class CleanPass:
     places: Sequence[int] = ()
     regraphed: bool = False
     called: str | None = None
+    cuts: Sequence[tuple[Tensor, Tensor]] = ()
+    constant: bool = False
 
     @property
     def points(self) -> tuple[Tensor, ...] | None:
         """The tensors to differentiate this pass by; None where that cannot be done or was not asked for."""
         points = tuple(c.point for c in self.embeddings if c.point is not None)
-        return points if points and len(points) == len(self.embeddings) else None
+        return points if points and len(points) == len(self.embeddings) and not self.constant else None
+
+    def detached(self) -> CleanPass:
+        """The same with loss and logits as constants."""
+        return replace(self, loss=self.loss.detach(), logits=detached(self.logits), constant=True)
 
 
 class _With(nn.Module):
@@ -209,6 +217,9 @@ class Passes:
         self._changing: set[int] = set()  # ids of buffers
         self._batch: Any = None
         self._replay: Replay | None = None
+        self._loss_replay: Replay | None = None
+        self._seen_from: States | None = None
+        self._split = False  # the clean pass's graph is freed before the perturbed pass
         self._calls = 0  # of the module to perturb, in the user's function
         self._regraphed = False  # what is compared was computed without a graph, and is computed again with one
         self._by_calls = False  # what is compared is not what the user's function gives
@@ -257,7 +268,7 @@ class Passes:
             if not self._alone:
                 set_states(self._before if untouched else self._after)
             self._before = self._after = []
-            self._batch = self._replay = None
+            self._batch = self._replay = self._loss_replay = self._seen_from = None
             self._attributes = Attributes(())
             self._masks.clear()
             if self.hook is not None:
@@ -292,7 +303,11 @@ class Passes:
 
         loss.register_hook(begin)
 
-    def clean(self, batch: Any, differentiable: bool) -> CleanPass:
+    def may_split(self) -> bool:
+        """Whether a step may have several backward passes: not while a reducer learns what its only one is like."""
+        return torch.is_grad_enabled() and not learns_static_graph(self.model)
+
+    def clean(self, batch: Any, differentiable: bool, split: bool = False, again: bool = False) -> CleanPass:
         """The ordinary pass.
 
         Args:
@@ -300,6 +315,8 @@ class Passes:
             differentiable: keep its graph as far as the embeddings. Not so where there is no graph at all, or where
                 torch.compile made it: what is inside of such a one has no gradient. Nor where a reducer learns
                 from it what a backward pass is like.
+            split: its graph is to be freed before the perturbed pass.
+            again: it is to be repeated with its task loss, where that can be followed.
         """
         if self._alone:
             loss, logits = self._user(self.model, batch)
@@ -310,11 +327,17 @@ class Passes:
         versions = [p._version for _, p in self._parameters]
         # with "independent" masks, what a generator of torch's gives is no matter of ours
         self._before = self._generators.states()
-        hook, apart = self.hook, not torch.is_grad_enabled() or self.compiled() or learns_static_graph(self.model)
+        hook, apart = self.hook, self.compiled() or not self.may_split()
+        how = {
+            "differentiable": differentiable and not apart,
+            "cut": split and not apart and not finds_unused(self.model),
+        }
+        self._split = split
+        self._masks.set(keep=split, pack=False)
         count = (lambda: 0) if hook is None else (lambda: len(hook.calls))
         recording = Recording(self.model, self._modules, self._ids, self._entries, self._generators, count)
         try:
-            reading = nullcontext() if hook is None else hook.read(differentiable and not apart)
+            reading = nullcontext() if hook is None else hook.read(**how)
             with reading, self._sharing(), recording:
                 loss, logits = self._user(self.model, batch)
         finally:
@@ -326,6 +349,8 @@ class Passes:
         self._by_calls = logits is None
         called, logits = called_logits(recording.outputs()) if logits is None else (None, _as_logits(logits))
         self._replay = recording.replay(logits, self._dropout != "independent")
+        # it begins each call where the clean pass did, also with "independent" masks
+        self._loss_replay = recording.replay((loss, *logits), True) if again else None
         # where it is not known what the logits come from, any module of the model may have been called
         self._entries = None if self._replay is None else (self._entries or set()) | recording.called
         calls: tuple[EmbeddingCall, ...] = ()
@@ -341,13 +366,15 @@ class Passes:
             if self.asks_for_logits:
                 # they are those of the loss's own pass, and what was drawn for them was not in the user's program
                 self._after = self._replay.begin_at(self._before)
-            reading = nullcontext() if hook is None else hook.read(differentiable and not apart)
+            reading = nullcontext() if hook is None else hook.read(**how)
+            self._loss_replay = None
             with self._extra(), reading:
                 logits = self._run()
             calls = () if hook is None else tuple(hook.calls)
             self.reduction.after(logits, late=(loss,))
         arguments = tuple({} if self._replay is None else self._replay.arguments(i) for i in places)
-        return CleanPass(loss, logits, calls, self._batch, arguments, places, self._regraphed, called)
+        cuts = () if hook is None else tuple(hook.cuts)
+        return CleanPass(loss, logits, calls, self._batch, arguments, places, self._regraphed, called, cuts)
 
     def _user(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         """The user's function: a loss and logits, or a loss alone."""
@@ -360,17 +387,61 @@ class Passes:
         wanted = torch.is_grad_enabled() and any(p.requires_grad for _, p in self._parameters)
         return wanted and not any(x.requires_grad for x in logits)
 
-    def perturbed(self, clean: CleanPass, deltas: tuple[Tensor, ...]) -> Logits:
+    def perturbed(self, clean: CleanPass, deltas: tuple[Tensor, ...], last: bool = True) -> Logits:
         """The logits at embeddings + deltas, in a graph for the weights.
 
-        The embeddings are the clean pass's: a second look-up would have a gradient of the vocabulary's size.
+        The embeddings are the clean pass's: a second look-up would have a gradient of the vocabulary's size. Where the
+        clean graph is freed before, and cannot be cut behind them, they are looked up again.
+
+        Args:
+            clean: the clean pass.
+            deltas: what is added.
+            last: the graph goes on into the module to perturb; else it ends at the cut.
         """
-        outputs = [perturb(c.output, d) for c, d in zip(clean.embeddings, deltas, strict=True)]
-        with self._extra(), self._replaced(clean, outputs, self._replay is None):
+        outputs: list[Tensor | None] = []
+        added: list[Tensor | None] = []
+        for c, d in zip(clean.embeddings, deltas, strict=True):
+            again = self._looks_up_again(c)
+            start = c.output if last or c.point is None or not c.cut else c.point
+            outputs.append(None if again else perturb(start, d))
+            added.append(d if again else None)
+        with (
+            self._extra(self._seen_from, pack=self._split),
+            self._replaced(clean, outputs, self._replay is None, added),
+        ):
             logits = self._run()
-        # Autograd goes back through the latest pass first.
-        self.reduction.after(logits, late=(clean.loss,) if self._regraphed else (clean.loss, *clean.logits))
+        if not clean.constant:
+            # Autograd goes back through the latest pass first.
+            self.reduction.after(logits, late=(clean.loss,) if self._regraphed else (clean.loss, *clean.logits))
         return logits
+
+    def seen(self, clean: CleanPass, deltas: tuple[Tensor, ...]) -> Logits:
+        """The logits at embeddings + deltas, as constants; the next perturbed pass is this one again."""
+        self._seen_from = self._generators.states() if self._dropout == "independent" else None
+        outputs = [perturb(c.output.detach(), d) for c, d in zip(clean.embeddings, deltas, strict=True)]
+        with self._extra(), self._replaced(clean, outputs, self._replay is None):
+            return self._constants()
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether :meth:`again` can follow what the clean pass did."""
+        return self._loss_replay is not None
+
+    def again(self, clean: CleanPass) -> CleanPass:
+        """The clean pass once more, the task loss too, in a graph for the weights."""
+        assert self._loss_replay is not None
+        outputs = [c.output.clone() for c in clean.embeddings]
+        with self._extra(self._before, pack=True), self._replaced(clean, outputs, False):
+            loss, *logits = self._run(replay=self._loss_replay)
+        return replace(clean, loss=loss, logits=tuple(logits), constant=False)
+
+    def _constants(self) -> Logits:
+        """The logits by the way of a pass in training, of which nothing is kept for a backward pass."""
+        if self._sharded:  # whose hooks would wait for the backward pass
+            with torch.no_grad():
+                return self._run()
+        with _nothing_saved(casts_kept=self.compiled()):
+            return detached(self._run())
 
     @contextmanager
     def probe(self, clean: CleanPass, deltas: tuple[Tensor, ...], loss: bool) -> Iterator[tuple[Tensor | None, Logits]]:
@@ -382,21 +453,39 @@ class Passes:
         # a compiled model would be compiled once more for weights that are frozen
         frozen = torch.enable_grad() if self.compiled() else _weights_frozen(self._weights())
         with self._extra(), frozen:
-            pairs = zip(clean.embeddings, deltas, strict=True)
-            outputs = [perturb(c.output.detach(), d.requires_grad_()) for c, d in pairs]
-            with self._replaced(clean, outputs, loss or self._replay is None):
+            outputs: list[Tensor | None] = []
+            added: list[Tensor | None] = []
+            for c, d in zip(clean.embeddings, deltas, strict=True):
+                d.requires_grad_()
+                # a compiled model is compiled for this and for the perturbed pass, and once
+                again = self.compiled() and self._looks_up_again(c)
+                outputs.append(None if again else perturb(c.output.detach(), d))
+                added.append(d if again else None)
+            with self._replaced(clean, outputs, loss or self._replay is None, added):
                 result = self._whole() if loss else (None, self._run(grad=True))
             yield result
+
+    def _looks_up_again(self, call: EmbeddingCall) -> bool:
+        """Whether the clean graph, which is freed, is the only way into the module to perturb."""
+        return self._split and call.output.requires_grad and not call.cut
 
     def _weights(self) -> Iterable[Tensor]:
         """The parameters as the modules have them now: of a sharded model, shards or what was gathered of them."""
         return self.model.parameters() if self._sharded else (p for _, p in self._parameters)
 
-    def _replaced(self, clean: CleanPass, outputs: list[Tensor], whole: bool) -> AbstractContextManager[None]:
+    def _replaced(
+        self,
+        clean: CleanPass,
+        outputs: Sequence[Tensor | None],
+        whole: bool,
+        added: Sequence[Tensor | None] = (),
+    ) -> AbstractContextManager[None]:
         """These outputs of the module to perturb, in the user's function or in what is repeated of it."""
         assert self.hook is not None
         places = clean.places if whole else range(len(outputs))
-        return self.hook.replace(dict(zip(places, outputs, strict=True)), self._calls if whole else len(outputs))
+        own = {place: x for place, x in zip(places, outputs, strict=True) if x is not None}
+        more = {place: x for place, x in zip(places, added, strict=False) if x is not None}
+        return self.hook.replace(own, self._calls if whole else len(outputs), more)
 
     def taught(self, teacher: Teacher | None) -> Logits:
         """The logits with the teacher's weights in place of the model's own, as constants; for None, with its own.
@@ -420,13 +509,17 @@ class Passes:
             }
             return detached(self._run(values))
 
-    def _run(self, values: Mapping[str, Tensor] | None = None, grad: bool = False) -> Logits:
+    def _run(
+        self, values: Mapping[str, Tensor] | None = None, grad: bool = False, replay: Replay | None = None
+    ) -> Logits:
         """The logits, by what was recorded or by the user's function.
 
         Args:
             values: by name, tensors in the place of parameters.
             grad: with a graph also where the clean pass made none.
+            replay: of what, in place of the logits.
         """
+        replay = self._replay if replay is None else replay
         values = dict(values or {})
         for name, p in self._changed_parameters:
             if name not in values:  # a pass changes them in place: a copy of its own
@@ -434,9 +527,9 @@ class Passes:
         by_id = {id(p): values[name] for name, p in self._parameters if name in values}
 
         def function() -> Logits:
-            if self._replay is None:
+            if replay is None:
                 return self._whole()[1]
-            logits: Logits = self._replay(grad or self._regraphed, by_id)
+            logits: Logits = replay(grad or self._regraphed, by_id)
             return logits
 
         if not values:
@@ -460,10 +553,18 @@ class Passes:
             self.repeats = False
 
     @contextmanager
-    def _extra(self) -> Iterator[None]:
-        """A pass beside the clean one: its random numbers, and no trace in buffers, attributes and the like."""
+    def _extra(self, states: States | None = None, pack: bool = False) -> Iterator[None]:
+        """A pass beside the clean one: its random numbers, and no trace in buffers, attributes and the like.
+
+        Args:
+            states: of the generators to begin with, where masks are "independent".
+            pack: keep masks small in the graph: beside it lie the gradients of the one before.
+        """
+        self._masks.set(keep=self._split, pack=pack)
         if self._dropout != "independent":
             set_states(self._before)
+        elif states is not None:
+            set_states(states)
         with self._attributes.repeated(), self._sharing():
             yield
 

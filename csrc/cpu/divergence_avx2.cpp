@@ -1,0 +1,5 @@
+#include "cpu/divergence.h"
+
+#define SK_ONLY 32
+#define SK_KERNEL "cpu/divergence_kernel.h"
+#include "cpu/foreach_isa.h"
