@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Everything there is to run on a machine with a GPU, in parts of under eight minutes each. Nothing is downloaded.
 #
-#     benchmarks/run_gpu.sh [build|tests|kl|divergences|perturbation|ema|smart|sanitizer|report]...      (no name: all in this order)
+#     benchmarks/run_gpu.sh [build|tests|kl|divergences|linear|perturbation|ema|smart|sanitizer|report]...      (no name: all in this order)
 #
 #     build         the extension compiled in place; the environment and the card, as they are
 #     tests         the suite, without what stands in for a card: Triton's interpreter, and PTX executed on the CPU
-#     kl, divergences, perturbation, ema, smart    the benchmarks beside eager, torch.compile and Liger, where that is installed
+#     kl, divergences, linear, perturbation, ema, smart    the benchmarks beside eager, torch.compile and Liger, where that is installed
 #     sanitizer     the kernels under compute-sanitizer: memory, races, synchronisation
 #     report        what the compiled code predicts, to hold the figures against
 #
@@ -18,7 +18,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python}
 device=${DEVICE:-cuda}
-all=(build tests kl divergences perturbation ema smart sanitizer report)
+all=(build tests kl divergences linear perturbation ema smart sanitizer report)
 limit=470 # seconds
 
 (($#)) || set -- "${all[@]}"
@@ -62,6 +62,7 @@ tests() {
 bench() { run "bench_$1" "$python" "benchmarks/bench_$1.py" --device "$device" --out "$out" "${@:2}"; }
 kl() { bench kl --quick; }
 divergences() { bench divergences; }
+linear() { bench linear --shapes 4096x2048x50257 8192x4096x128256 --dtypes bf16; }
 perturbation() { bench perturbation; }
 ema() { bench ema; }
 smart() { bench smart; }

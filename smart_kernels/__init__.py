@@ -10,6 +10,7 @@ from smart_kernels.ops.divergence import (
     symmetric_kl_grad,
 )
 from smart_kernels.ops.ema import ema_update_
+from smart_kernels.ops.linear_divergence import LinearDivergenceLoss, linear_divergence
 from smart_kernels.ops.perturbation import init_perturbation, perturbation_step, perturbation_step_
 from smart_kernels.smart.config import SmartConfig
 from smart_kernels.smart.objective import Smart
@@ -20,6 +21,7 @@ COMPILED = load_compiled()
 __version__ = "0.1.0"
 __all__ = [
     "DivergenceLoss",
+    "LinearDivergenceLoss",
     "Smart",
     "SmartConfig",
     "SymmetricKLLoss",
@@ -28,6 +30,7 @@ __all__ = [
     "ema_update_",
     "empty_cache",
     "init_perturbation",
+    "linear_divergence",
     "perturbation_step",
     "perturbation_step_",
     "symmetric_kl",

@@ -39,7 +39,7 @@ def divergence(
     temperature: float = 1.0,
 ) -> Tensor:
     """The divergence of p = softmax(input / temperature) and q = softmax(target / temperature), reduced."""
-    loss = _divergence_rows(input, target, detach_targets, kind, beta, temperature)[0]
+    loss = _divergence_rows(input, target, None, detach_targets, kind, beta, temperature)[0]
     if weight is not None:
         loss = torch.where(weight == 0, 0, weight * loss)
     if REDUCTIONS[reduction] == "none":
@@ -61,7 +61,7 @@ def divergence_backward(
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `divergence`, each empty where it is not asked for; no `grad_output` means ones."""
-    _, *gradients = _divergence_rows(input, target, detach_targets, kind, beta, temperature)
+    _, *gradients, _ = _divergence_rows(input, target, None, detach_targets, kind, beta, temperature)
     scale = torch.ones(input.shape[:-1], dtype=compute_dtype(input), device=input.device)
     if grad_output is not None:
         scale = scale * grad_output
@@ -120,6 +120,40 @@ def divergence_normaliser(input: Tensor, weight: Tensor | None, reduction: int) 
         case "mean":
             return input.size(-1) / input.numel() if input.numel() else math.nan
     return 1.0
+
+
+def divergence_rows_(
+    rows: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    difference: bool,
+    gradients: bool,
+    detach_targets: bool,
+    kind: int,
+    beta: float,
+    temperature: float,
+) -> Tensor:
+    """The weighted losses of rows of logits; their gradients, where wanted, take the logits' place.
+
+    Of `rows` (2 or 3, N, C), which must be contiguous and of the dtype of the arithmetic, the first is b and the second
+    a, or a - b if that is the `difference`. Afterwards they are the gradients at b and at a, times weight and scale (N
+    or one); the third, where there is one, is the sum of the two, which is far smaller where a and b are close.
+    """
+    b, a = rows[0], rows[1]
+    d = a if difference else None
+    loss, grad_a, grad_b, both = _divergence_rows(
+        a if d is None else b + d, b, d, detach_targets, kind, beta, temperature
+    )
+    factor = torch.full_like(loss, 1 / temperature)
+    if scale is not None:
+        factor = factor * scale
+    if weight is not None:
+        loss, factor = torch.where(weight == 0, 0, weight * loss), weight * factor
+    if gradients:
+        for row, grad in zip(rows, (grad_b, grad_a, both), strict=False):
+            grad = factor.unsqueeze(-1) * grad
+            row.copy_(grad if weight is None else torch.where(weight.unsqueeze(-1) == 0, 0, grad))
+    return loss
 
 
 Parts = tuple[Tensor, Tensor, Tensor]
@@ -183,6 +217,15 @@ def centred(kind: int, p: Tensor, slope: Tensor, mean: Tensor, other_mean: Tenso
     return slope - p * mean
 
 
+def of_both(kind: int, q: Tensor, x: Tensor, term: Tensor, mean_p: Tensor, loss: Tensor) -> Tensor:
+    """The sum of both sides' gradients, given the classes' shares of the loss: of second order where they are of first.
+
+    As p f' + q g = q f, it is q f - p sum p f' - q sum q g, and both sums together are the loss.
+    """
+    mean_p = mean_p + 0.5 if list(KINDS)[kind] == "total_variation" else mean_p
+    return term - q * loss - x * mean_p
+
+
 def greatest(kind: int, beta: float) -> float:
     """What a divergence cannot exceed: its value for distributions that have no class in common."""
     match list(KINDS)[kind]:
@@ -215,13 +258,22 @@ def _excess(q: Tensor, x: Tensor, log: Tensor) -> Tensor:
 
 
 def _divergence_rows(
-    input: Tensor, target: Tensor, detach_targets: bool, kind: int, beta: float, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of each row, and its gradients but for the factor 1 / temperature."""
+    input: Tensor,
+    target: Tensor,
+    difference: Tensor | None,
+    detach_targets: bool,
+    kind: int,
+    beta: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss of each row; but for the factor 1 / temperature, its gradients and their sum.
+
+    The `difference` of the logits, where it is given, has digits that they have not.
+    """
     dtype = compute_dtype(input)
     a, b = input.to(dtype), target.to(dtype)
     absent = (a == -math.inf) & (b == -math.inf)  # classes masked on both sides
-    d = torch.where(absent, 0, a - b)
+    d = torch.where(absent, 0, a - b if difference is None else difference)
     max_a = a.amax(-1, keepdim=True)
     max_b, top = b.max(-1, keepdim=True)
     centre = d.gather(-1, top)  # a constant added to a row changes nothing
@@ -248,6 +300,7 @@ def _divergence_rows(
     loss, mean_p, mean_q = (part.sum(-1, keepdim=True) for part in (term, slope_p, slope_q))
     grad_a = centred(kind, p, slope_p, mean_p, mean_q, loss)
     grad_b = centred(kind, q, slope_q, mean_q, mean_p, loss)
+    both = torch.zeros_like(q) if detach_targets else of_both(kind, q, x, term, mean_p, loss)
     loss = loss.squeeze(-1).clamp(0, greatest(kind, beta))
 
     undefined = a.isnan().any(-1) | b.isnan().any(-1) | (max_a.abs() == math.inf).squeeze(-1)
@@ -255,7 +308,8 @@ def _divergence_rows(
     # Where a class is masked in one tensor alone, a divergence that is infinite then has come out as 0 inf or inf.
     loss = torch.where(undefined, math.nan, torch.where(loss < math.inf, loss, math.inf))
     finite = (loss < math.inf).unsqueeze(-1)
-    return loss, torch.where(finite, grad_a, math.nan), torch.where(finite, grad_b, math.nan)
+    grad_a, grad_b, both = (torch.where(finite, grad, math.nan) for grad in (grad_a, grad_b, both))
+    return loss, grad_a, grad_b, both
 
 
 def init_perturbation(embeds: Tensor, seed: Tensor, mask: Tensor | None, std: float) -> Tensor:

@@ -32,6 +32,7 @@ from smart_kernels import (
     ema_update_,
     empty_cache,
     init_perturbation,
+    linear_divergence,
     perturbation_step,
     perturbation_step_,
     reference,
@@ -373,11 +374,63 @@ def check_shadows(
             truth.check(e)
 
 
+def linear_case(r: random.Random) -> None:
+    """Losses, and the gradients of their weighted sum, of hidden states near and far behind one head or two."""
+    lead, classes = sizes(r, 12)
+    if classes > 400:
+        lead = lead[:1]
+    width, dtype = r.randint(1, 20), r.choice((*NARROW, torch.float64))
+    distance = 10 ** r.uniform(-4 if dtype.itemsize == 2 else -5, 0)
+    h_b = r.choice([0.1, 1.0, 1.0]) * torch.randn(*lead, width, dtype=torch.float64)
+    h_a = h_b + distance * h_b.abs().mean().nan_to_num(1) * torch.randn(*lead, width, dtype=torch.float64)
+    head = r.choice([0.3, 2.0]) * torch.randn(classes, width, dtype=torch.float64)
+    bias = r.choice([0.0, 1.0]) * torch.randn(classes, dtype=torch.float64)
+    tensors = [laid_out(r, x.to(dtype)) for x in (h_a, h_b, head, bias)]
+    if r.random() < 0.2:
+        other = head + r.choice([0.3, 1.0]) * torch.randn_like(head)
+        tensors += [laid_out(r, other.to(dtype)), laid_out(r, -bias.to(dtype))]
+    options = {
+        "kind": r.choice(list(reference.KINDS)[:-1]),  # a total variation's gradient jumps where p and q cross
+        "temperature": r.choice([1.0, 1.0, 0.5, 3.0]),
+        "softcap": r.choice([None, None, 5.0]),
+        "beta": r.uniform(0.05, 0.95),
+    }
+    if dtype == torch.float16:
+        options["temperature"] = 1.0
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    names = "bias", "target_linear_weight", "target_bias"
+    heads = dict(zip(names, tensors[3:], strict=False))
+    factor = 2.0**10 if dtype == torch.float16 and distance < 0.1 else 1.0
+    with threads(r):
+        chunk_size = r.choice([None, 1, 2, 5])
+        loss = linear_divergence(*tensors[:3], **heads, reduction="none", chunk_size=chunk_size, **options)
+        (factor * loss).sum().backward()
+        total = linear_divergence(*tensors[:3], **heads, reduction="sum", chunk_size=chunk_size, **options)
+    if not loss.numel():
+        return
+    truth = oracle.LinearDivergence(*(x.detach().reshape(-1, x.size(-1)) for x in tensors), **options)
+    of_loss, of_hidden, of_head = {torch.float64: (1e-9,) * 3, torch.float32: (1e-5, 1e-4, 1e-3)}.get(
+        dtype, (1e-3, 2.0**-6, 2.0**-6)
+    )
+    # With two heads logits are subtracted, of which fp32 resolves 2^-24 of their size and of their products' sums.
+    two = len(tensors) > 4
+    size = 64 * width * (tensors[0].abs().max() * tensors[2].abs().max() + 1).item()
+    resolved = (1e-14 if dtype == torch.float64 else 2.0**-23) * (size if two else truth.reach)
+    assert (np.abs(wide(loss).reshape(-1) - truth.loss) <= of_loss * truth.loss + resolved * np.sqrt(truth.loss)).all()
+    assert abs(wide(total) - truth.loss.sum()) <= 2 * of_loss * truth.loss.sum() + resolved * np.sqrt(truth.loss).sum()
+    for x, grad, bar in zip(tensors, truth.grads, (of_hidden,) * 2 + (of_head,) * 4, strict=False):
+        error = (wide(x.grad).reshape(grad.shape) / factor - grad).astype(float)
+        floor = 2.0**-24 / factor * math.sqrt(error.size) if dtype == torch.float16 else 1e-30
+        if not two:
+            assert np.linalg.norm(error) <= bar * np.linalg.norm(grad.astype(float)) + floor
+
+
 CASES: dict[str, Callable[[random.Random], None]] = {
     "divergence": divergence_case,
     "perturbation_step": perturbation_case,
     "init_perturbation": start_case,
     "ema_update_": ema_case,
+    "linear_divergence": linear_case,
 }
 
 

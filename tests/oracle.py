@@ -8,9 +8,9 @@ import torch
 WIDE = np.longdouble
 
 
-def wide(x: torch.Tensor) -> np.ndarray:
+def wide(x: torch.Tensor | np.ndarray) -> np.ndarray:
     """The very numbers of a tensor, in extended precision."""
-    return x.detach().cpu().double().numpy().astype(WIDE)
+    return x if isinstance(x, np.ndarray) else x.detach().cpu().double().numpy().astype(WIDE)
 
 
 def definition(kind: str, p: np.ndarray, q: np.ndarray, x: np.ndarray, t: np.ndarray, beta: WIDE) -> tuple:
@@ -143,6 +143,41 @@ class Divergence:
                 fp32 = 2.0**-20 * terms[defined] + self.subnormal[defined] + 2 * open_[defined][..., None]
                 bar = ulp(truth[defined] * scale[..., None], dtype) + scale[..., None] * fp32
             compare(error, np.zeros_like(error), bar, f"gradient of {name}")
+
+
+class LinearDivergence:
+    """The divergence of the logits h W^T + c of two hidden states (N, H): losses of rows, and gradients of their sum.
+
+    In the order of the arguments. `reach` is the largest |h_a - h_b| |W_j| of a row and a class.
+    """
+
+    def __init__(
+        self,
+        input: torch.Tensor,
+        target: torch.Tensor,
+        head: torch.Tensor,
+        bias: torch.Tensor,
+        target_head: torch.Tensor | None = None,
+        target_bias: torch.Tensor | None = None,
+        softcap: float | None = None,
+        **options: object,
+    ) -> None:
+        h_a, h_b, w_a, c_a = map(wide, (input, target, head, bias))
+        w_b, c_b = (w_a, c_a) if target_head is None else (wide(target_head), wide(target_bias))
+        a, b = h_a @ w_a.T + c_a, h_b @ w_b.T + c_b
+        slopes = np.ones_like(a), np.ones_like(b)
+        if softcap is not None:
+            a, b = np.tanh(a / softcap), np.tanh(b / softcap)
+            slopes = 1 - a**2, 1 - b**2
+            a, b = softcap * a, softcap * b
+        truth = Divergence(a, b, **options)
+        self.loss = truth.loss
+        g_a, g_b = (slope * grad for slope, grad in zip(slopes, truth.grads, strict=True))
+        heads = [g_a.T @ h_a, g_a.sum(0)], [g_b.T @ h_b, g_b.sum(0)]
+        heads = [x + y for x, y in zip(*heads, strict=True)] if target_head is None else [*heads[0], *heads[1]]
+        self.grads = g_a @ w_a, g_b @ w_b, *heads
+        widths = np.sqrt((w_a**2).sum(1)).max()
+        self.reach = np.sqrt(((h_a - h_b) ** 2).sum(1)).max() * widths if target_head is None else 0
 
 
 class PerturbationStep:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import smart_kernels
-from smart_kernels import DivergenceLoss, Smart, SmartConfig, SymmetricKLLoss
+from smart_kernels import DivergenceLoss, LinearDivergenceLoss, Smart, SmartConfig, SymmetricKLLoss
 from smart_kernels.integrations.transformers import SmartTrainer, SmartTrainingArguments
 
 X = torch.zeros(2, 3, 4)
@@ -29,6 +29,8 @@ STEP = {
     "mask": torch.ones(2, 3),
     "skipped": torch.tensor(0),
 }
+HEAD, BIAS = torch.zeros(5, 4), torch.zeros(5)
+HEADS = {"linear_weight": HEAD, "bias": BIAS, "target_linear_weight": HEAD, "target_bias": BIAS}
 LOGITS = {"input": X, "target": X, "weight": torch.ones(2, 3)}
 
 
@@ -63,6 +65,9 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any
         *(smart_kernels.ema_update_,) * 2,
         {"ema_tensors": [torch.zeros(3)], "parameters": [torch.ones(3)], "decay": 0.5, "stochastic_rounding": True},
     ),
+    "linear_divergence": (smart_kernels.linear_divergence,) * 2 + (LOGITS | HEADS,),
+    "LinearDivergenceLoss": (LinearDivergenceLoss,) * 2 + ({},),
+    "LinearDivergenceLoss.forward": (LinearDivergenceLoss(), LinearDivergenceLoss().forward, LOGITS | HEADS),
     "Smart": (Smart, Smart, {"model": model(), "num_training_steps": 1}),
     "Smart.__call__": (step, lambda *, initial_perturbation, generator, num_items: None, {}),
     "SmartConfig": (SmartConfig, SmartConfig, {}),

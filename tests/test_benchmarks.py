@@ -20,6 +20,7 @@ from extension import requires_extension
 
 import bench_divergences
 import bench_kl
+import bench_linear
 import bench_perturbation
 import harness
 import real_data
@@ -613,3 +614,20 @@ def test_bench_divergences_with_all_it_writes(tmp_path, monkeypatch, capsys):
         assert text in printed
     plots = ["bench_divergences_error.png", "bench_divergences_speed.png"] * PLOTS
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench_divergences.json", *plots]
+
+
+def test_bench_linear_with_peers_that_agree_and_all_it_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    tensors = [x.requires_grad_() for x in bench_linear.hidden(4, 8, 11, 0.5)]
+    peers = bench_linear.implementations(Report("x", {}), "cpu")
+    expected = bench_linear.gradients(peers[-1].call, *tensors)
+    for peer in peers:
+        found = bench_linear.gradients(peer.call, *tensors)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=peer.name)
+    options = ["--shapes", "4x3x7", "--classes", "5", "--budget", "0.01", "--rounds", "1"]
+    bench_linear.main([*options, "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    for text in ("relative error of the head's gradient", "4×3×7", "products"):
+        assert text in printed
+    plots = ["bench_linear_error.png", "bench_linear_speed.png"] * PLOTS
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench_linear.json", *plots]

@@ -174,6 +174,43 @@ std::tuple<Tensor, Tensor, Tensor> forward_backward(
   return {run_with_loss(job, input, weight, reduction), grad_a, grad_b};
 }
 
+// See reference.py: b, and a or a - b, give way to their gradients; a third part takes the sum of both.
+Tensor in_place(
+    Tensor rows, Weight weight, Weight scale, bool difference, bool gradients, bool detach, int64_t kind, double beta,
+    double temperature) {
+  STD_TORCH_CHECK(kind >= 0 && kind <= int64_t(kLastKind), "divergence_rows_: unknown kind ", kind);
+  STD_TORCH_CHECK(
+      rows.dim() == 3 && rows.is_contiguous() && (rows.size(0) == 2 || (rows.size(0) == 3 && difference && !detach)) &&
+          (rows.scalar_type() == ScalarType::Float || rows.scalar_type() == ScalarType::Double),
+      "divergence_rows_: rows must be (2 or 3, N, C), contiguous, in the dtype of the arithmetic");
+  const ScalarType dtype = rows.scalar_type();
+  const int64_t count = rows.size(1), cols = rows.size(2), itemsize = rows.element_size();
+  for (const auto& [factor, least] : {std::pair(&weight, count), std::pair(&scale, int64_t(1))})
+    STD_TORCH_CHECK(
+        !*factor || ((*factor)->is_contiguous() && (*factor)->scalar_type() == dtype &&
+                     ((*factor)->numel() == count || (*factor)->numel() == least)),
+        "divergence_rows_: weight and scale must be contiguous, one per row, in the dtype of the rows");
+  char* const b = static_cast<char*>(rows.mutable_data_ptr());
+  char* const a = b + count * cols * itemsize;
+  DivergenceJob job{
+      Rows(a, dtype, itemsize, count, cols), Rows(b, dtype, itemsize, count, cols), data_or_null(weight),
+      data_or_null(scale), scale && scale->numel() == count, 1.0, detach, Kind(kind), beta, 1 / temperature,
+      greatest(Kind(kind), beta), true, false};
+  plan_readings(job, dtype);
+  job.difference = difference;
+  job.in_place = true;
+  if (gradients) {
+    job.grad_a = a;
+    job.grad_b = b;
+    if (rows.size(0) == 3) job.grad_both = a + count * cols * itemsize;
+  }
+  Tensor losses = empty_cpu({count}, dtype);
+  job.losses = losses.mutable_data_ptr();
+  if (count) run(job);
+  if (weight) (dtype == ScalarType::Double ? scale_by<double> : scale_by<float>)(job.losses, weight->const_data_ptr(), count);
+  return losses;
+}
+
 }  // namespace
 }  // namespace smart_kernels
 
@@ -182,4 +219,5 @@ STABLE_TORCH_LIBRARY_IMPL(smart_kernels, CPU, m) {
   m.impl("divergence_backward", TORCH_BOX(&smart_kernels::backward));
   m.impl("divergence_grad", TORCH_BOX(&smart_kernels::grad));
   m.impl("divergence_forward_backward", TORCH_BOX(&smart_kernels::forward_backward));
+  m.impl("divergence_rows_", TORCH_BOX(&smart_kernels::in_place));
 }

@@ -20,6 +20,9 @@ struct DivergenceJob {
   bool wait;             // the exponentials of a row may wait for its second reading
   bool ahead;            // the next row may be asked for meanwhile
   void *losses = nullptr, *grad_a = nullptr, *grad_b = nullptr;  // each contiguous, or null: not wanted
+  bool difference = false;    // what stands for a is a - b
+  bool in_place = false;      // the gradients take the logits' place
+  void* grad_both = nullptr;  // the sum of both, with a difference alone
 };
 
 // The rows [begin, end), in divergence_kernel.h, compiled for each instruction set in a file of its own

@@ -61,18 +61,21 @@ struct Pair {
   Mask<T> absent;
 };
 
-template <typename T, bool checked>
+// With `given`, what stands for a is the difference a - b, with digits that a and b have not.
+template <typename T, bool checked, bool given>
 SK_INLINE Pair<T> load_pair(const T* a, const T* b, int64_t j, int n) {
   Pair<T> x;
   if constexpr (checked) {
-    x.a = load_n(a + j, n, -kInf<T>);
     x.b = load_n(b + j, n, -kInf<T>);
+    const Vec<T> other = load_n(a + j, n, given ? T(0) : -kInf<T>);
+    x.a = given ? x.b + other : other;
     x.absent = (x.a == -kInf<T>) & (x.b == -kInf<T>);
-    x.d = x.absent ? Vec<T>{} : x.a - x.b;
+    x.d = x.absent ? Vec<T>{} : given ? other : x.a - x.b;
   } else {
-    x.a = load(a + j);
     x.b = load(b + j);
-    x.d = x.a - x.b;
+    const Vec<T> other = load(a + j);
+    x.a = given ? x.b + other : other;
+    x.d = given ? other : x.a - x.b;
   }
   return x;
 }
@@ -83,11 +86,11 @@ struct Survey {
   T max_a, max_b, low, high;
 };
 
-template <typename T>
+template <typename T, bool given>
 Survey<T> survey(const T* a, const T* b, int64_t cols, bool masked) {
   Vec<T> max_a = set1(-kInf<T>), max_b = max_a, low = set1(kInf<T>), high = max_a;
   for_columns<T>(0, cols, masked, [&](auto checked, int64_t j, int n) SK_LAMBDA {
-    const Pair<T> x = load_pair<T, checked>(a, b, j, n);
+    const Pair<T> x = load_pair<T, checked, given>(a, b, j, n);
     max_a = vmax(x.a, max_a);
     max_b = vmax(x.b, max_b);
     low = vmin(checked ? (x.absent ? low : x.d) : x.d, low);
@@ -188,14 +191,14 @@ void advance(LongRow<T>& row, const Survey<T>& at, Block<T>& block) {
 
 // The sums over some classes of a block. What waits is w, and v or expm1(d). The next block, `ahead`, is asked for
 // meanwhile: to look at it takes no longer than to fetch it.
-template <typename T, bool near, bool wait, bool scaled>
+template <typename T, bool given, bool near, bool wait, bool scaled>
 void gather(LongRow<T>& row, const T* a, const T* b, int64_t cols, int64_t ahead, T* wait_a, T* wait_b) {
   const T max_a = row.max_a, max_b = row.max_b, centre = row.centre();
   Vec<T> vw{}, vwd{}, vx{}, vxd{};
   for_columns<T>(0, cols, row.careful, [&](auto checked, int64_t j, int n) SK_LAMBDA {
     __builtin_prefetch(a + j + ahead);
     __builtin_prefetch(b + j + ahead);
-    const Pair<T> y = load_pair<T, checked>(a, b, j, n);
+    const Pair<T> y = load_pair<T, checked, given>(a, b, j, n);
     const Vec<T> d = difference<T, checked>(row, y, tempered<scaled>(row, y.d - centre));
     const Vec<T> w = exp_nonpositive<T>(tempered<scaled>(row, y.b - max_b));
     Vec<T> x = near ? expm1_small<T>(d) : exp_nonpositive<T>(tempered<scaled>(row, y.a - max_a));
@@ -248,7 +251,7 @@ enum class Way { near, far, apart };
 template <typename T>
 struct Wanted {
   bool detach;
-  T *grad_a, *grad_b;
+  T *grad_a, *grad_b, *both;  // the last for their sum
 };
 
 // What is read next from memory: asked for while this block is computed, so that memory is never idle. A step of 0 asks for
@@ -264,7 +267,7 @@ struct Next {
 };
 
 // A row's classes, once all of its sums are known, as they are read in a block
-template <typename T, Way way, bool waiting, bool scaled>
+template <typename T, bool given, Way way, bool waiting, bool scaled>
 class Reader {
  public:
   Reader(const LongRow<T>& row, const Block<T>& block, const T* a, const T* b, const T* wait_a, const T* wait_b)
@@ -281,7 +284,7 @@ class Reader {
 
   template <bool checked>
   SK_INLINE Classes<T> read(int64_t j, int n) const {
-    const Pair<T> y = load_pair<T, checked>(a_, b_, j, n);
+    const Pair<T> y = load_pair<T, checked, given>(a_, b_, j, n);
     const Vec<T> d = difference<T, checked>(row_, y, tempered<scaled>(row_, y.d - centre_));
     const Vec<T> t = d - s_;
     Vec<T> p, q, x;  // rounded: the same bits whichever gradients are wanted
@@ -311,11 +314,11 @@ class Reader {
 };
 
 // The loss of a block's classes, their gradients written
-template <typename T, Way way, bool waiting, bool scaled>
+template <typename T, bool given, Way way, bool waiting, bool scaled>
 double finish(
     const LongRow<T>& row, const Block<T>& block, const T* a, const T* b, int64_t cols, const T* wait_a,
     const T* wait_b, const Wanted<T>& want, const Next next) {
-  const Reader<T, way, waiting, scaled> classes(row, block, a, b, wait_a, wait_b);
+  const Reader<T, given, way, waiting, scaled> classes(row, block, a, b, wait_a, wait_b);
   const T scale = row.scale, own = want.detach ? T(0) : scale, own_pq = own * row.kl_pq, own_qp = own * row.kl_qp;
   T *const grad_a = want.grad_a, *const grad_b = want.grad_b;
   Vec<T> loss{};
@@ -330,12 +333,13 @@ double finish(
   return reduce_add<T>(loss);
 }
 
-// The same for any other kind: what a block adds to the totals of its row, or with these its gradients
-template <typename T, Kind kind, Way way, bool waiting, bool sums, bool gradients>
+// The same for any other kind: what a block adds to the totals of its row, or with these its gradients. Of any kind where
+// the sum of both gradients is wanted, which is of second order: it takes the loss itself, free of what KL(p||q) is off by.
+template <typename T, bool given, Kind kind, Way way, bool waiting, bool sums, bool gradients>
 void finish_kind(
     const LongRow<T>& row, const Block<T>& block, const T* a, const T* b, int64_t cols, const T* wait_a,
     const T* wait_b, const Wanted<T>& want, const Next next, T beta, Totals& totals) {
-  const Reader<T, way, waiting, true> classes(row, block, a, b, wait_a, wait_b);
+  const Reader<T, given, way, waiting, true> classes(row, block, a, b, wait_a, wait_b);
   const T scale = row.scale, loss = T(totals.loss), mean_a = T(totals.mean_a), mean_b = T(totals.mean_b);
   T *const grad_a = want.grad_a, *const grad_b = want.grad_b;
   Vec<T> term{}, slope_a{}, slope_b{};
@@ -350,6 +354,8 @@ void finish_kind(
     if constexpr (gradients) {
       if (grad_a) put(grad_a + j, scale * centred<kind, T>(of.p, part.slope_a, mean_a, mean_b, loss), n);
       if (grad_b) put(grad_b + j, scale * centred<kind, T>(of.q, part.slope_b, mean_b, mean_a, loss), n);
+      if constexpr (given)
+        if (want.both) put(want.both + j, scale * of_both<kind, T>(of, part.term, mean_a, loss), n);
     }
   });
   if constexpr (sums) totals.loss += reduce_add<T>(term);
@@ -640,7 +646,7 @@ struct Gradient {
 
 // Rows of any length, some together: a stage of all before the next of any, so that none waits for the last sums of the
 // one before it.
-template <typename T>
+template <typename T, bool given>
 class LongRows {
  public:
   explicit LongRows(const DivergenceJob& job)
@@ -678,7 +684,9 @@ class LongRows {
   }
 
  private:
-  bool waits_apart() const { return job_.wait && !(grad_a_.direct() && grad_b_.direct()); }
+  // Of these kinds the loss is summed while the gradients are written, as their sum is not wanted.
+  static constexpr bool known(Kind kind) { return !given && known_sums(kind); }
+  bool waits_apart() const { return job_.wait && (job_.in_place || !(grad_a_.direct() && grad_b_.direct())); }
   T* waiting(T* row, int64_t at) const { return job_.wait ? row + at : nullptr; }
   int64_t begin(int64_t block) const { return block * kBlock<T>; }
   int64_t size(int64_t block) const { return std::min(kBlock<T>, cols_ - begin(block)); }
@@ -697,15 +705,15 @@ class LongRows {
     if (job_.wait) {
       const int64_t each = waits_apart() ? cols_ : 0;
       T* const wait = room_.get() + (waits_apart() ? 2 * (together_ + 1) * side_ + 2 * i * cols_ : 0);
-      row.wait_a = grad_a_.at(index * cols_, wait);
-      row.wait_b = grad_b_.at(index * cols_, wait + each);
+      row.wait_a = job_.in_place ? wait : grad_a_.at(index * cols_, wait);
+      row.wait_b = job_.in_place ? wait + each : grad_b_.at(index * cols_, wait + each);
     }
     row.blocks = done_.get() + i * blocks_;
     row.counts = factor != T(0);
   }
 
   Survey<T> look(int i, int64_t k) {
-    return survey(a_[i] = a(i, k), b_[i] = b(i, k), size(k), rows_[i].careful);
+    return survey<T, given>(a_[i] = a(i, k), b_[i] = b(i, k), size(k), rows_[i].careful);
   }
 
   template <bool scaled>
@@ -722,7 +730,7 @@ class LongRows {
     for (int64_t j = 0; j < cols; j += step) {
       T *const wait_a = waiting(row.wait_a, begin(k) + j), *const wait_b = waiting(row.wait_b, begin(k) + j);
       const auto each = [&](auto near, auto wait) SK_LAMBDA {
-        gather<T, near, wait, scaled>(
+        gather<T, given, near, wait, scaled>(
             row, a_[i] + j, b_[i] + j, std::min(step, cols - j), ahead, wait_a, wait_b);
       };
       const auto one = [&](auto near) SK_LAMBDA { job_.wait ? each(near, std::true_type{}) : each(near, std::false_type{}); };
@@ -739,11 +747,12 @@ class LongRows {
       for (int64_t k = 0; k < blocks_; ++k) {
         const T *const a = this->a(i, k), *const b = this->b(i, k);
         for (int64_t j = 0; j < size(k); ++j) {
-          undefined |= !(a[j] < kInf<T>) || !(b[j] < kInf<T>);
-          any_a |= a[j] != -kInf<T>;
+          const T one = given ? b[j] + a[j] : a[j];
+          undefined |= !(one < kInf<T>) || !(b[j] < kInf<T>);
+          any_a |= one != -kInf<T>;
           any_b |= b[j] != -kInf<T>;
-          infinite |= infinite_without_p(job_.kind) && a[j] == -kInf<T> && b[j] != -kInf<T>;
-          infinite |= infinite_without_q(job_.kind) && b[j] == -kInf<T> && a[j] != -kInf<T>;
+          infinite |= infinite_without_p(job_.kind) && one == -kInf<T> && b[j] != -kInf<T>;
+          infinite |= infinite_without_q(job_.kind) && b[j] == -kInf<T> && one != -kInf<T>;
         }
       }
       undefined |= !any_a || !any_b;
@@ -781,12 +790,12 @@ class LongRows {
   Totals sum_kind(int i) {
     LongRow<T>& row = rows_[i];
     Totals totals = sums_of(kind, row.kl_pq, row.kl_qp);
-    if constexpr (!known_sums(kind)) {
+    if constexpr (!known(kind)) {
       totals = {};
       for (int64_t k = 0; k < blocks_; ++k) {
         if (blocks_ > 1) a_[i] = a(i, k), b_[i] = b(i, k);
         in_its_way<kind>(i, k, false, [&](auto way, auto waits, const T* wait_a, const T* wait_b) SK_LAMBDA {
-          finish_kind<T, kind, way, waits, true, false>(
+          finish_kind<T, given, kind, way, waits, true, false>(
               row, row.blocks[k], a_[i], b_[i], size(k), wait_a, wait_b, {}, {}, T(job_.beta), totals);
         });
       }
@@ -808,10 +817,12 @@ class LongRows {
   void write(int i, int64_t index, int64_t next) {
     LongRow<T>& row = rows_[i];
     const bool apart = !row.near && std::min(row.kl_pq, row.kl_qp) >= kApart<T>;
+    const bool one_by_one = kind == Kind::symmetric_kl && !(given && job_.grad_both);
+    T* const both = static_cast<T*>(job_.grad_both);
     double loss = 0;
     Totals totals;
-    if constexpr (kind != Kind::symmetric_kl)
-      if (row.counts) totals = sum_kind<kind>(i);
+    if constexpr (given || kind != Kind::symmetric_kl)
+      if (row.counts && !one_by_one) totals = sum_kind<kind>(i);
     for (int64_t k = 0; k < blocks_; ++k) {
       const int64_t at = index * cols_ + begin(k), cols = size(k);
       T* const buffer = room_.get() + 2 * together_ * side_;
@@ -820,24 +831,28 @@ class LongRows {
       if (row.counts) {
         if (blocks_ > 1) a_[i] = a(i, k), b_[i] = b(i, k);
         const Block<T>& block = row.blocks[k];
-        const Wanted<T> want{job_.detach_targets, grad_a_.data ? to_a : nullptr, grad_b_.data ? to_b : nullptr};
-        in_its_way<kind>(i, k, apart, [&](auto way, auto waits, const T* wait_a, const T* wait_b) SK_LAMBDA {
+        const Wanted<T> want{
+            job_.detach_targets, grad_a_.data ? to_a : nullptr, grad_b_.data ? to_b : nullptr, both ? both + at : nullptr};
+        in_its_way<kind>(i, k, apart && one_by_one, [&](auto way, auto waits, const T* wait_a, const T* wait_b) SK_LAMBDA {
           if constexpr (kind == Kind::symmetric_kl)
-            loss += finish<T, way, waits, scaled>(row, block, a_[i], b_[i], cols, wait_a, wait_b, want, ahead(next, k));
-          else if (known_sums(kind) || want.grad_a || want.grad_b)
-            finish_kind<T, kind, way, waits, known_sums(kind), true>(
-                row, block, a_[i], b_[i], cols, wait_a, wait_b, want, ahead(next, k), T(job_.beta), totals);
+            if (one_by_one)
+              loss += finish<T, given, way, waits, scaled>(row, block, a_[i], b_[i], cols, wait_a, wait_b, want, ahead(next, k));
+          if constexpr (given || kind != Kind::symmetric_kl)
+            if (!one_by_one && (known(kind) || want.grad_a || want.grad_b))
+              finish_kind<T, given, kind, way, waits, known(kind), true>(
+                  row, block, a_[i], b_[i], cols, wait_a, wait_b, want, ahead(next, k), T(job_.beta), totals);
         });
       } else {
         const T gradient = row.loss == T(0) ? T(0) : kNan<T>;
         if (grad_a_.data) std::fill_n(to_a, cols, gradient);
         if (grad_b_.data) std::fill_n(to_b, cols, gradient);
+        if (both) std::fill_n(both + at, cols, gradient);
       }
       grad_a_.round(to_a, at, cols);
       grad_b_.round(to_b, at, cols);
     }
     if (!row.counts) return;
-    row.loss = kind == Kind::symmetric_kl ? T(loss) : T(std::clamp(totals.loss, 0.0, job_.greatest));
+    row.loss = one_by_one ? T(loss) : T(std::clamp(totals.loss, 0.0, job_.greatest));
   }
 
   const DivergenceJob& job_;
@@ -917,8 +932,9 @@ void run_short(const DivergenceJob& job, int64_t begin, int64_t end) {
 
 template <typename T>
 void run_rows(const DivergenceJob& job, int64_t begin, int64_t end) {
-  if (job.a.cols() <= kMaxTransposed) run_short<T>(job, begin, end);
-  else LongRows<T>(job).run(begin, end);
+  if (job.difference) LongRows<T, true>(job).run(begin, end);
+  else if (job.in_place || job.a.cols() > kMaxTransposed) LongRows<T, false>(job).run(begin, end);
+  else run_short<T>(job, begin, end);
 }
 
 void divergence_rows(const DivergenceJob& job, int64_t begin, int64_t end) {

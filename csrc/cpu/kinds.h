@@ -124,6 +124,12 @@ SK_INLINE Parts<T> parts(const Classes<T>& of, T beta) {
   else return total_variation<T>(of, beta);
 }
 
+// The sum of both sides' gradients, of second order where they are of first; see reference.py.
+template <Kind kind, typename T>
+SK_INLINE Vec<T> of_both(const Classes<T>& of, Vec<T> term, T mean_a, T loss) {
+  return term - of.q * loss - of.x * (kind == Kind::total_variation ? mean_a + T(0.5) : mean_a);
+}
+
 // p (f' - sum p f') of a side, given both sides' sums, for a row or for one in each lane; see reference.py.
 template <Kind kind, typename T, typename Sum>
 SK_INLINE Vec<T> centred(Vec<T> p, Vec<T> slope, Sum mean, Sum other_mean, Sum loss) {

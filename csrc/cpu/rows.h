@@ -36,6 +36,12 @@ class Rows {
     if (!count_) dims_[count_++] = {1, 0};
   }
 
+  // Contiguous ones
+  Rows(const void* data, ScalarType dtype, int64_t itemsize, int64_t rows, int64_t cols)
+      : data_(static_cast<const char*>(data)), dtype_(dtype), itemsize_(itemsize), rows_(rows), cols_(cols), count_(1) {
+    dims_[0] = {rows, cols};
+  }
+
   const void* row(int64_t index) const {
     int64_t offset = 0;
     for (int d = count_; --d > 0;) {

@@ -12,9 +12,9 @@ from torch.autograd import forward_ad
 from smart_kernels import reference
 from smart_kernels.ops._library import LIBRARY, NAMESPACE, define, no_derivative
 
-_REDUCTION = {name: code for code, name in enumerate(reference.REDUCTIONS)}
-_KIND = {name: code for code, name in enumerate(reference.KINDS)}
-_FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+REDUCTION = {name: code for code, name in enumerate(reference.REDUCTIONS)}
+KIND = {name: code for code, name in enumerate(reference.KINDS)}
+FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
 def divergence(
@@ -81,11 +81,11 @@ def divergence(
         js 0.0077
         total_variation 0.1228
     """
-    _check_kind(kind, beta, temperature)
+    check_kind(kind, beta, temperature)
     weight = _check(input, target, weight, reduction, detach_targets)
     if detach_targets and kind != "symmetric_kl":
         detach_targets, target = False, target.detach()
-    return _loss(input, target, weight, reduction, detach_targets, _KIND[kind], float(beta), float(temperature))
+    return _loss(input, target, weight, reduction, detach_targets, KIND[kind], float(beta), float(temperature))
 
 
 def _loss(
@@ -99,13 +99,13 @@ def _loss(
     temperature: float = 1.0,
 ) -> Tensor:
     """The loss of arguments that are checked, by the op that serves best."""
-    options = _REDUCTION[reduction], detach_targets, kind, beta, temperature
+    options = REDUCTION[reduction], detach_targets, kind, beta, temperature
     if torch.compiler.is_compiling():
         return _forward(input, target, weight, *options)  # type: ignore[no-any-return]
     if (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)) or forward_ad._current_level >= 0:
         apply = _Differentiable.apply if torch._C._are_functorch_transforms_active() else _apply
         return apply(input, target, weight, *options)  # type: ignore[no-any-return, no-untyped-call]
-    wanted = _REDUCTION[reduction], detach_targets, False, False, kind, beta, temperature
+    wanted = REDUCTION[reduction], detach_targets, False, False, kind, beta, temperature
     return _forward_backward(input, target, weight, *wanted)[0]  # type: ignore[no-any-return]
 
 
@@ -146,10 +146,10 @@ def divergence_grad(
         >>> divergence_grad(torch.tensor([[1e-5, 0.0]]), torch.zeros(1, 2), "kl")
         tensor([[ 2.5000e-06, -2.5000e-06]])
     """
-    _check_kind(kind, beta, temperature)
+    check_kind(kind, beta, temperature)
     weight = _check(input, target, weight, reduction, detach_targets)
     detach_targets = detach_targets and kind == "symmetric_kl"
-    options = _REDUCTION[reduction], detach_targets, _KIND[kind], float(beta), float(temperature)
+    options = REDUCTION[reduction], detach_targets, KIND[kind], float(beta), float(temperature)
     return _grad(input, target, weight, *options)  # type: ignore[no-any-return]
 
 
@@ -218,7 +218,7 @@ def symmetric_kl_grad(
         tensor([[ 5.0000e-06, -5.0000e-06]])
     """
     weight = _check(input, target, weight, reduction, detach_targets)
-    return _grad(input, target, weight, _REDUCTION[reduction], detach_targets)  # type: ignore[no-any-return]
+    return _grad(input, target, weight, REDUCTION[reduction], detach_targets)  # type: ignore[no-any-return]
 
 
 class DivergenceLoss(torch.nn.Module):
@@ -247,8 +247,8 @@ class DivergenceLoss(torch.nn.Module):
         detach_targets: bool = False,
     ) -> None:
         super().__init__()
-        _check_kind(kind, beta, temperature)
-        _check_options(reduction, detach_targets)
+        check_kind(kind, beta, temperature)
+        check_options(reduction, detach_targets)
         self.kind = kind
         self.reduction = reduction
         self.beta = beta
@@ -282,7 +282,7 @@ class SymmetricKLLoss(torch.nn.Module):
 
     def __init__(self, reduction: str = "batchmean", detach_targets: bool = False) -> None:
         super().__init__()
-        _check_options(reduction, detach_targets)
+        check_options(reduction, detach_targets)
         self.reduction = reduction
         self.detach_targets = detach_targets
 
@@ -295,16 +295,18 @@ class SymmetricKLLoss(torch.nn.Module):
         return f"reduction={self.reduction!r}, detach_targets={self.detach_targets}"
 
 
-def _check_options(reduction: str, detach_targets: bool) -> None:
-    if not isinstance(reduction, str) or reduction not in _REDUCTION:
-        raise ValueError(f"reduction: got {reduction!r}, expected one of {', '.join(map(repr, _REDUCTION))}")
+def check_options(reduction: str, detach_targets: bool) -> None:
+    """Raise where one of the options of every divergence is none."""
+    if not isinstance(reduction, str) or reduction not in REDUCTION:
+        raise ValueError(f"reduction: got {reduction!r}, expected one of {', '.join(map(repr, REDUCTION))}")
     if not isinstance(detach_targets, bool):
         raise TypeError(f"detach_targets: got {type(detach_targets).__name__}, expected bool")
 
 
-def _check_kind(kind: str, beta: float, temperature: float) -> None:
-    if not isinstance(kind, str) or kind not in _KIND:
-        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(map(repr, _KIND))}")
+def check_kind(kind: str, beta: float, temperature: float) -> None:
+    """Raise where there is no such kind, or a number is out of its range."""
+    if not isinstance(kind, str) or kind not in KIND:
+        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(map(repr, KIND))}")
     for name, number in (("beta", beta), ("temperature", temperature)):
         if not isinstance(number, int | float) or isinstance(number, bool):
             raise TypeError(f"{name}: got {type(number).__name__}, expected a number")
@@ -327,10 +329,10 @@ def _not_logits(name: str, value: Any) -> TypeError:
 
 def _check(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, detach_targets: bool) -> Tensor | None:
     """Check all arguments but the kind's; the weight comes back contiguous in the dtype of the arithmetic."""
-    _check_options(reduction, detach_targets)
-    if not isinstance(input, Tensor) or input.dtype not in _FLOATING or input.layout is not torch.strided:
+    check_options(reduction, detach_targets)
+    if not isinstance(input, Tensor) or input.dtype not in FLOATING or input.layout is not torch.strided:
         raise _not_logits("input", input)
-    if not isinstance(target, Tensor) or target.dtype not in _FLOATING or target.layout is not torch.strided:
+    if not isinstance(target, Tensor) or target.dtype not in FLOATING or target.layout is not torch.strided:
         raise _not_logits("target", target)
     if input.dtype != target.dtype and torch.float64 in (input.dtype, target.dtype):
         raise TypeError(
@@ -343,14 +345,21 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str,
         raise ValueError(f"target: got shape {tuple(target.shape)}, expected that of input, {tuple(shape)}")
     if input.device != target.device:
         raise ValueError(f"target: got device {target.device}, expected that of input, {input.device}")
+    return check_weight(weight, input)
+
+
+def check_weight(weight: Tensor | None, input: Tensor) -> Tensor | None:
+    """The factor per row of the input, contiguous in the dtype of the arithmetic."""
     if weight is None:
         return None
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: got {type(weight).__name__}, expected a tensor or None")
     if weight.dtype.is_complex:
         raise TypeError(f"weight: got dtype {weight.dtype}, expected a real one")
-    if weight.shape != shape[:-1]:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected a factor per row, {tuple(shape[:-1])}")
+    if weight.shape != input.shape[:-1]:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, expected a factor per row, {tuple(input.shape[:-1])}"
+        )
     if weight.device != input.device:
         raise ValueError(f"weight: got device {weight.device}, expected that of input, {input.device}")
     if weight.requires_grad:

@@ -142,10 +142,31 @@ def _load(rows, start, cols, col_stride, mask, other):
 
 
 @triton.jit
-def _compare_block(a, b, known, inverse, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
+def _load_pair(
+    a_rows, b_rows, start, cols, a_stride, b_stride, mask, padding, COMPUTE: tl.constexpr, GIVEN: tl.constexpr
+):
+    """The classes start + cols of a and b; with GIVEN a - b too, which stands for a, else None."""
+    other = _load(a_rows, start, cols, a_stride, mask, 0 if GIVEN else padding).to(COMPUTE)
+    b = _load(b_rows, start, cols, b_stride, mask, padding).to(COMPUTE)
+    a, d = other, None
+    if GIVEN:
+        a, d = other + b, other
+    return a, b, d
+
+
+@triton.jit
+def _minus(a, b, d):
+    """The difference a - b, which may be given."""
+    return a - b if d is None else d
+
+
+@triton.jit
+def _compare_block(a, b, d, known, inverse, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
     """What is `known` of each thread's group of classes, with those that it has read of one more block."""
+    if d is not None:
+        d = _grouped(d, GROUPS, VECTOR)
     a, b = _grouped(a, GROUPS, VECTOR), _grouped(b, GROUPS, VECTOR)
-    return _compare(a, 1.0, b, 1.0, (a - b) * inverse, known, inverse)[5]
+    return _compare(a, 1.0, b, 1.0, _minus(a, b, d) * inverse, known, inverse)[5]
 
 
 @triton.jit
@@ -177,19 +198,22 @@ def _store_block(
 
 
 @triton.jit
-def _parts(a, b, known, inverse, beta, KIND: tl.constexpr):
-    """Of a block of a row of which everything is known: p, q, and each class's parts of loss and gradients."""
+def _parts(a, b, d, known, inverse, beta, KIND: tl.constexpr, DETACH: tl.constexpr):
+    """Of a block of a row of which all is known: p, q, x, and each class's part of the loss and of the gradients."""
     p = 0.5 * _twice_normalised(a, known[3], known[4], inverse)
     q = 0.5 * _twice_normalised(b, known[5], known[6], inverse)
-    _, x, t = _difference(q, p, (b - a) * inverse, -known[0][:, None])
-    term, slope_a, slope_b = kinds.parts(p, q, -x, -t, beta, KIND)
-    return p, q, term, slope_a, slope_b
+    _, x, t = _difference(q, p, (b - a if d is None else -d) * inverse, -known[0][:, None])
+    term, slope_a, slope_b = kinds.parts(p, q, -x, -t, beta, KIND, DETACH)
+    return p, q, -x, term, slope_a, slope_b
 
 
 @triton.jit
-def _add_block(a, b, known, totals, inverse, beta, KIND: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
+def _add_block(
+    a, b, d, known, totals, inverse, beta, KIND: tl.constexpr, DETACH: tl.constexpr, GROUPS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
     """The sums of what `_parts` gives, of each thread's group of classes, with those of one more block."""
-    _, _, term, slope_a, slope_b = _parts(a, b, known, inverse, beta, KIND)
+    _, _, _, term, slope_a, slope_b = _parts(a, b, d, known, inverse, beta, KIND, DETACH)
     term = tl.sum(_grouped(term, GROUPS, VECTOR), 1)
     slope_a = tl.sum(_grouped(slope_a, GROUPS, VECTOR), 1)
     return totals[0] + term, totals[1] + slope_a, totals[2] + tl.sum(_grouped(slope_b, GROUPS, VECTOR), 1)
@@ -197,10 +221,11 @@ def _add_block(a, b, known, totals, inverse, beta, KIND: tl.constexpr, GROUPS: t
 
 @triton.jit
 def _store_parts(
-    grad_a_ptr, grad_b_ptr, start, cols, mask, a, b, known, totals, scale, inverse, beta, KIND: tl.constexpr
-):
-    """Stores the gradients of any other kind, of a block of a row of which everything is known."""
-    p, q, _, slope_a, slope_b = _parts(a, b, known, inverse, beta, KIND)
+    grad_a_ptr, grad_b_ptr, both_ptr, start, cols, mask, a, b, d, known, totals, scale, inverse, beta,
+    KIND: tl.constexpr, DETACH: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradients of any other kind, of a block of a row of which everything is known, and their sum."""
+    p, q, x, term, slope_a, slope_b = _parts(a, b, d, known, inverse, beta, KIND, DETACH)
     loss, mean_a, mean_b, scale = totals[0][:, None], totals[1][:, None], totals[2][:, None], scale[:, None]
     if grad_a_ptr is not None:
         grad_a = scale * kinds.centred(p, slope_a, mean_a, mean_b, loss, KIND)
@@ -208,6 +233,9 @@ def _store_parts(
     if grad_b_ptr is not None:
         grad_b = scale * kinds.centred(q, slope_b, mean_b, mean_a, loss, KIND)
         tl.store(grad_b_ptr + start + cols, grad_b.to(grad_b_ptr.dtype.element_ty), mask=mask)
+    if both_ptr is not None:
+        both = scale * kinds.of_both(q, x, term, mean_a, loss, KIND)
+        tl.store(both_ptr + start + cols, both.to(both_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_rows", "count", "a_outer_stride", "b_outer_stride", "beta", "inverse"])
@@ -220,6 +248,7 @@ def _divergence_kernel(
     loss_ptr,  # (n_rows), or None; so the gradients
     grad_a_ptr,
     grad_b_ptr,
+    both_ptr,  # their sum, which may be wanted where the logits' difference is given
     parts_ptr,  # (10, n_rows, SPLITS), or None: what each split of a row tells of it
     n_rows,
     n_inner,
@@ -239,6 +268,7 @@ def _divergence_kernel(
     ALIGN: tl.constexpr,
     DETACH: tl.constexpr,
     KIND: tl.constexpr,
+    GIVEN: tl.constexpr,
     SCALED: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -255,6 +285,7 @@ def _divergence_kernel(
     Or one of the SPLITS of a row, SPAN classes each: a first launch, of STAGE "survey", leaves its parts; one of STAGE
     "finish" has them. In between, one of STAGE "sums" leaves sums, of kinds that need any.
     """
+    PARTS: tl.constexpr = KIND != "symmetric_kl" or GIVEN
     KEPT: tl.constexpr = tiles.blocks_kept(HELD, is_hip(), cuda_capability_geq(10))
     split = tl.program_id(0) % SPLITS
     rows = (tl.program_id(0) // SPLITS).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -278,9 +309,10 @@ def _divergence_kernel(
         read, padding = live & ~skip, tl.where(skip, zero, -float("inf"))[:, None]
     mask = live[:, None] & (cols < N_COLS)
     if N_COLS <= BLOCK_N:
-        a = _load(a_rows, 0, cols, a_col_stride, read[:, None] & mask, padding).to(COMPUTE)
-        b = _load(b_rows, 0, cols, b_col_stride, read[:, None] & mask, padding).to(COMPUTE)
-        w, x, t, over, error, known = _compare(a, 1.0, b, 1.0, (a - b) * inverse, None, inverse)
+        a, b, d = _load_pair(
+            a_rows, b_rows, 0, cols, a_col_stride, b_col_stride, read[:, None] & mask, padding, COMPUTE, GIVEN
+        )
+        w, x, t, over, error, known = _compare(a, 1.0, b, 1.0, _minus(a, b, d) * inverse, None, inverse)
     elif STAGE == "sums" or STAGE == "finish":
         parts = parts_ptr + (rows * SPLITS)[:, None] + tl.arange(0, SPLITS)[None, :]
         n_parts = n_rows.to(tl.int64) * SPLITS
@@ -301,13 +333,12 @@ def _divergence_kernel(
             b = _load(b_rows, i * BLOCK_N, cols, b_col_stride, mask, padding).to(COMPUTE)
             held_b += (b,)  # type: ignore[assignment]
         for i in tl.static_range(KEPT):
-            known = _compare_block(held_a[i], held_b[i], known, inverse, GROUPS, VECTOR)
+            known = _compare_block(held_a[i], held_b[i], None, known, inverse, GROUPS, VECTOR)
         for i in range(KEPT, SPAN // BLOCK_N):
             start = begin + i * BLOCK_N
             mask = read[:, None] & (cols < N_COLS - start)
-            a = _load(a_rows, start, cols, a_col_stride, mask, padding).to(COMPUTE)
-            b = _load(b_rows, start, cols, b_col_stride, mask, padding).to(COMPUTE)
-            known = _compare_block(a, b, known, inverse, GROUPS, VECTOR)
+            a, b, d = _load_pair(a_rows, b_rows, start, cols, a_col_stride, b_col_stride, mask, padding, COMPUTE, GIVEN)
+            known = _compare_block(a, b, d, known, inverse, GROUPS, VECTOR)
         parts = ()
         for i in tl.static_range(7):
             parts += (known[i][None, :],)
@@ -319,9 +350,9 @@ def _divergence_kernel(
 
     _, loss, skew, _, sum_a, _, sum_b = known
     totals = loss, skew, skew
-    if KIND != "symmetric_kl":
+    if PARTS:
         if N_COLS <= BLOCK_N:
-            _, _, term, slope_a, slope_b = _parts(a, b, known, inverse, beta, KIND)
+            _, _, _, term, slope_a, slope_b = _parts(a, b, d, known, inverse, beta, KIND, DETACH)
             totals = _sums_of_three(term, slope_a, slope_b)
         elif STAGE == "finish":
             parts += 7 * n_parts
@@ -333,9 +364,10 @@ def _divergence_kernel(
             for i in range(SPAN // BLOCK_N):
                 start = begin + i * BLOCK_N
                 mask = read[:, None] & (cols < N_COLS - start)
-                a = _load(a_rows, start, cols, a_col_stride, mask, padding).to(COMPUTE)
-                b = _load(b_rows, start, cols, b_col_stride, mask, padding).to(COMPUTE)
-                totals = _add_block(a, b, known, totals, inverse, beta, KIND, GROUPS, VECTOR)
+                a, b, d = _load_pair(
+                    a_rows, b_rows, start, cols, a_col_stride, b_col_stride, mask, padding, COMPUTE, GIVEN
+                )
+                totals = _add_block(a, b, d, known, totals, inverse, beta, KIND, DETACH, GROUPS, VECTOR)
             totals = _sums_of_three(totals[0][None, :], totals[1][None, :], totals[2][None, :])
         if STAGE == "sums":
             for i in tl.static_range(3):
@@ -347,7 +379,7 @@ def _divergence_kernel(
     defined = sum_a * sum_b > 0
     finite = defined & (loss < float("inf"))
     loss = tl.where(defined, tl.where(finite, tl.maximum(loss, 0), float("inf")), float("nan"))
-    if KIND != "symmetric_kl":
+    if PARTS:
         loss = tl.where(loss > greatest, greatest, loss)
     scale = (zero + 1) / count
     if total_ptr is not None:
@@ -364,8 +396,11 @@ def _divergence_kernel(
         scale = tl.where(skip, 0, scale)
         half, kl_pq, kl_qp = 0.5 * scale, 0.5 * (loss + skew), 0.5 * (loss - skew)
         out = (rows * N_COLS)[:, None]
-        if N_COLS <= BLOCK_N and KIND != "symmetric_kl":
-            _store_parts(grad_a_ptr, grad_b_ptr, out, cols, mask, a, b, known, totals, scale, inverse, beta, KIND)
+        if N_COLS <= BLOCK_N and PARTS:
+            _store_parts(
+                grad_a_ptr, grad_b_ptr, both_ptr, out, cols, mask, a, b, d, known, totals, scale, inverse, beta, KIND,
+                DETACH,
+            )  # fmt: skip
         elif N_COLS <= BLOCK_N:
             # t - error, too, but for the sums; p and q as they are, lest one that is small err by a share of the other
             p2, q2, x = w + x, w - x, _settle(w, x, error[:, None])
@@ -383,17 +418,18 @@ def _divergence_kernel(
             for i in range(KEPT, SPAN // BLOCK_N):
                 start = begin + i * BLOCK_N
                 mask = live[:, None] & (cols < N_COLS - start)
-                a = _load(a_rows, start, cols, a_col_stride, read[:, None] & mask, 0).to(COMPUTE)
-                b = _load(b_rows, start, cols, b_col_stride, read[:, None] & mask, 0).to(COMPUTE)
-                if KIND == "symmetric_kl":
+                a, b, d = _load_pair(
+                    a_rows, b_rows, start, cols, a_col_stride, b_col_stride, read[:, None] & mask, 0, COMPUTE, GIVEN
+                )
+                if not PARTS:
                     _store_block(
                         grad_a_ptr, grad_b_ptr, out + start, cols, mask, a, b, known, kl_pq, kl_qp, half, inverse,
                         DETACH,
                     )  # fmt: skip
                 else:
                     _store_parts(
-                        grad_a_ptr, grad_b_ptr, out + start, cols, mask, a, b, known, totals, scale, inverse, beta,
-                        KIND,
+                        grad_a_ptr, grad_b_ptr, both_ptr, out + start, cols, mask, a, b, d, known, totals, scale,
+                        inverse, beta, KIND, DETACH,
                     )  # fmt: skip
 
 
@@ -430,10 +466,31 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     """Fill `loss`, one number per row, where it is given; return the gradients, each empty if not asked for."""
     grads = input.new_empty(input.shape if input_grad else 0), target.new_empty(target.shape if target_grad else 0)
+    into = [grad if is_wanted else None for grad, is_wanted in zip(grads, (input_grad, target_grad), strict=True)]
+    options = kind, beta, temperature
+    _launch_into([*into, None], grad_output, input, target, weight, reduction, detach_targets, loss, False, *options)
+    return grads
+
+
+def _launch_into(
+    grads: list[Tensor | None],
+    grad_output: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    detach_targets: bool,
+    loss: Tensor | None,
+    given: bool,
+    kind: int,
+    beta: float,
+    temperature: float,
+) -> None:
+    """Fill the gradients, and their sum, where there are tensors for them; `input` may be the difference `given`."""
     n_cols = input.size(-1)
     n_rows = input.numel() // n_cols
     if n_rows == 0:
-        return grads
+        return
     total, count = None, 1
     match reference.REDUCTIONS[reduction]:
         case "batchmean":
@@ -447,15 +504,16 @@ def _launch(
     input, target, (outer, inner) = _layout(input, target)
     align = math.gcd(16, *outer[1:], *inner[1:])
     name = list(reference.KINDS)[kind]
-    symmetric = name == "symmetric_kl"
-    variant = ", fp64" if input.dtype == torch.float64 else ", odd" if symmetric and align == 1 else ""
+    symmetric = name == "symmetric_kl" and not given
+    odd = align == 1 and (symmetric or given)
+    variant = ", fp64" if input.dtype == torch.float64 else ", odd" if odd else ""
     tile = tiles.choose(f"{name if symmetric else 'other kinds'}{variant}", n_cols)
     blocks = triton.cdiv(n_cols, tile.columns)
     splits = min(triton.next_power_of_2(triton.cdiv(tiles.PROGRAMS, n_rows)), triton.next_power_of_2(blocks))
     if 2 * n_rows > tiles.PROGRAMS or blocks == 1:
         splits = 1
     held = blocks > 1 and splits == 1 and input.dtype != torch.float64 and n_cols <= tiles.HELD
-    held = held and symmetric and (input_grad or target_grad)
+    held = held and symmetric and any(grad is not None for grad in grads)
     if held:
         tile = tiles.choose("symmetric_kl, held", n_cols)
         blocks = triton.cdiv(n_cols, tile.columns)
@@ -471,8 +529,7 @@ def _launch(
                 upstream,
                 total,
                 loss,
-                grads[0] if input_grad else None,
-                grads[1] if target_grad else None,
+                *grads,
                 parts,
                 n_rows,
                 inner[0],
@@ -492,6 +549,7 @@ def _launch(
                 ALIGN=align,
                 DETACH=detach_targets,
                 KIND=name,
+                GIVEN=given,
                 SCALED=temperature != 1,
                 COMPUTE=tl.float64 if input.dtype == torch.float64 else tl.float32,
                 BLOCK_M=tile.rows,
@@ -505,7 +563,6 @@ def _launch(
                 num_warps=tile.warps,
                 enable_fp_fusion=True,
             )
-    return grads
 
 
 def divergence(
@@ -575,3 +632,22 @@ def divergence_forward_backward(
     loss = input.new_empty(input.shape[:-1], dtype=reference.compute_dtype(input))
     grads = _launch(None, input, target, weight, reduction, detach_targets, loss, *options)
     return (loss.sum() if reduction else loss, *grads)
+
+
+def divergence_rows_(
+    rows: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    difference: bool,
+    gradients: bool,
+    detach_targets: bool,
+    kind: int,
+    beta: float,
+    temperature: float,
+) -> Tensor:
+    """The op `smart_kernels::divergence_rows_` on a GPU."""
+    loss = rows.new_empty(rows.size(1))
+    b, a, both = rows[0], rows[1], rows[2] if rows.size(0) == 3 else None
+    grads: list[Tensor | None] = [a, b, both] if gradients else [None] * 3
+    _launch_into(grads, scale, a, b, weight, 0, detach_targets, loss, difference, kind, beta, temperature)
+    return loss

@@ -24,6 +24,12 @@ def tanh_half(t):
 
 
 @triton.jit
+def symmetric_kl(p, q, x, t, DETACH: tl.constexpr):
+    """KL(p||q) + KL(q||p), with the target distribution of each of the two as a constant or not."""
+    return (x * t, x, -x) if DETACH else (x * t, p * t + x, -q * t - x)
+
+
+@triton.jit
 def kl(p, q, x, t):
     """KL(q||p)."""
     return _excess(q, x, t), x, -_mass_times(q, t)
@@ -61,11 +67,13 @@ def total_variation(p, q, x, t):
 
 
 @triton.jit
-def parts(p, q, x, t, beta, KIND: tl.constexpr):
-    """Those of a kind. The symmetric KL needs none: its loss and sums come from the survey of a row."""
-    if KIND == "kl":
+def parts(p, q, x, t, beta, KIND: tl.constexpr, DETACH: tl.constexpr):
+    """Those of a kind: of the symmetric KL, its target detached or not, where the logits' difference is given."""
+    if KIND == "symmetric_kl":
+        return symmetric_kl(p, q, x, t, DETACH)
+    elif KIND == "kl":  # noqa: RET505 - what stands behind a return is compiled, too
         return kl(p, q, x, t)
-    elif KIND == "reverse_kl":  # noqa: RET505 - what stands behind a return is compiled, too
+    elif KIND == "reverse_kl":
         return reverse_kl(p, q, x, t)
     elif KIND == "js":
         return js(p, q, x, t, beta)
@@ -84,6 +92,12 @@ def centred(p, slope, mean, other_mean, loss, KIND: tl.constexpr):
         return -p * tl.where(slope == 0, mean, tl.where(slope == -p, other, 0.5 * (mean + other)))
     else:  # noqa: RET505 - as above
         return slope - p * mean
+
+
+@triton.jit
+def of_both(q, x, term, mean, loss, KIND: tl.constexpr):
+    """The sum of both sides' gradients; see `reference.of_both`."""
+    return term - q * loss - x * (mean + 0.5 if KIND == "total_variation" else mean)
 
 
 @triton.jit

@@ -89,6 +89,7 @@ TILES: dict[str, dict[float, Tile]] = {
     "symmetric_kl, odd": _SYMMETRIC_KL | {math.inf: Tile(1, 4096, 8)},
     "symmetric_kl, fp64": _SYMMETRIC_KL_FP64,
     "other kinds": _OTHER_KINDS,
+    "other kinds, odd": _OTHER_KINDS | {math.inf: Tile(1, 2048, 8)},  # of given differences, which are written thrice
     "other kinds, fp64": _OTHER_KINDS_FP64,
     "perturbation_step": _PERTURBATION_STEP,
     "perturbation_step, fp64": _PERTURBATION_STEP_FP64,
