@@ -62,7 +62,14 @@ def extensions() -> tuple[list, dict]:
         # The CUDA runtime is linked in, so that a torch for any CUDA version can load the module.
         module.libraries = [{"cudart": "cudart_static"}.get(name, name) for name in module.libraries] + ["dl", "rt"]
         modules.append(module)
-    return modules, {"build_ext": BuildExtension}
+
+    class Build(BuildExtension):
+        def run(self) -> None:
+            if self.editable_mode:  # objects stay, and ninja compiles again what has changed since
+                self.build_temp = "build/editable"
+            super().run()
+
+    return modules, {"build_ext": Build}
 
 
 if REQUESTED == "none":
