@@ -313,8 +313,8 @@ def test_special_rows_leave_the_others_alone(kl: type[Kernel], cols: int) -> Non
         assert grad[21, 0] == 0
 
 
-@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
-@pytest.mark.parametrize("cols", [2, 6, 134, 1100])
+@pytest.mark.parametrize("temperature", [0.25, 1.0])
+@pytest.mark.parametrize("cols", [6, 134, 1100])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_last_class_masked_on_one_side(kl: type[Kernel], kind: str, cols: int, temperature: float) -> None:
     """Behind the last full vector; every difference is larger by 1 / T than that of the logits."""
