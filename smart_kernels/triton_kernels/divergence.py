@@ -145,13 +145,9 @@ def _load(rows, start, cols, col_stride, mask, other):
 def _load_pair(
     a_rows, b_rows, start, cols, a_stride, b_stride, mask, padding, COMPUTE: tl.constexpr, GIVEN: tl.constexpr
 ):
-    """The classes start + cols of a and b; with GIVEN a - b too, which stands for a, else None."""
-    other = _load(a_rows, start, cols, a_stride, mask, 0 if GIVEN else padding).to(COMPUTE)
-    b = _load(b_rows, start, cols, b_stride, mask, padding).to(COMPUTE)
-    a, d = other, None
-    if GIVEN:
-        a, d = other + b, other
-    return a, b, d
+    """The classes start + cols of a, for which a - b stands with GIVEN, and of b."""
+    first = _load(a_rows, start, cols, a_stride, mask, 0 if GIVEN else padding).to(COMPUTE)
+    return first, _load(b_rows, start, cols, b_stride, mask, padding).to(COMPUTE)
 
 
 @triton.jit
@@ -309,9 +305,11 @@ def _divergence_kernel(
         read, padding = live & ~skip, tl.where(skip, zero, -float("inf"))[:, None]
     mask = live[:, None] & (cols < N_COLS)
     if N_COLS <= BLOCK_N:
-        a, b, d = _load_pair(
+        first, b = _load_pair(
             a_rows, b_rows, 0, cols, a_col_stride, b_col_stride, read[:, None] & mask, padding, COMPUTE, GIVEN
         )
+        a = first + b if GIVEN else first
+        d = first if GIVEN else None
         w, x, t, over, error, known = _compare(a, 1.0, b, 1.0, _minus(a, b, d) * inverse, None, inverse)
     elif STAGE == "sums" or STAGE == "finish":
         parts = parts_ptr + (rows * SPLITS)[:, None] + tl.arange(0, SPLITS)[None, :]
@@ -337,7 +335,11 @@ def _divergence_kernel(
         for i in range(KEPT, SPAN // BLOCK_N):
             start = begin + i * BLOCK_N
             mask = read[:, None] & (cols < N_COLS - start)
-            a, b, d = _load_pair(a_rows, b_rows, start, cols, a_col_stride, b_col_stride, mask, padding, COMPUTE, GIVEN)
+            first, b = _load_pair(
+                a_rows, b_rows, start, cols, a_col_stride, b_col_stride, mask, padding, COMPUTE, GIVEN
+            )
+            a = first + b if GIVEN else first
+            d = first if GIVEN else None
             known = _compare_block(a, b, d, known, inverse, GROUPS, VECTOR)
         parts = ()
         for i in tl.static_range(7):
@@ -364,9 +366,11 @@ def _divergence_kernel(
             for i in range(SPAN // BLOCK_N):
                 start = begin + i * BLOCK_N
                 mask = read[:, None] & (cols < N_COLS - start)
-                a, b, d = _load_pair(
+                first, b = _load_pair(
                     a_rows, b_rows, start, cols, a_col_stride, b_col_stride, mask, padding, COMPUTE, GIVEN
                 )
+                a = first + b if GIVEN else first
+                d = first if GIVEN else None
                 totals = _add_block(a, b, d, known, totals, inverse, beta, KIND, DETACH, GROUPS, VECTOR)
             totals = _sums_of_three(totals[0][None, :], totals[1][None, :], totals[2][None, :])
         if STAGE == "sums":
@@ -418,9 +422,11 @@ def _divergence_kernel(
             for i in range(KEPT, SPAN // BLOCK_N):
                 start = begin + i * BLOCK_N
                 mask = live[:, None] & (cols < N_COLS - start)
-                a, b, d = _load_pair(
+                first, b = _load_pair(
                     a_rows, b_rows, start, cols, a_col_stride, b_col_stride, read[:, None] & mask, 0, COMPUTE, GIVEN
                 )
+                a = first + b if GIVEN else first
+                d = first if GIVEN else None
                 if not PARTS:
                     _store_block(
                         grad_a_ptr, grad_b_ptr, out + start, cols, mask, a, b, known, kl_pq, kl_qp, half, inverse,
