@@ -10,7 +10,14 @@ from extension import run_again
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("which", ["30522", "not 30522"])  # which take as long
+KINDS = "(every_kind or masked)"
+
+
+@pytest.mark.parametrize(
+    "which",
+    ["30522", f"{KINDS} and not 30522", f"not {KINDS} and not 30522"],
+    ids=["long", "kinds", "others"],  # side by side
+)
 def test_interpreted(which: str) -> None:
     """In a process of its own: Triton chooses between compiler and interpreter when it is imported."""
     run_again(Path(__file__).with_name("test_divergence.py"), f"Triton and {which}", TRITON_INTERPRET="1")
