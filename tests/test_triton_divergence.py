@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.parametrize(
     "which",
-    ["30522", "not 30522 and not (every_kind or last_class or temperature or beta)"],
+    ["30522", "not 30522 and not (every_kind or last_class or temperature or beta or awkward)"],
     ids=["long", "symmetric"],  # the other kinds in rows of other lengths: test_ptx_divergence.py
 )
 def test_interpreted(which: str) -> None:
