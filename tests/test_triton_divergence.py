@@ -10,11 +10,7 @@ from extension import run_again
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize(
-    "which",
-    ["30522", "not 30522 and not (every_kind or last_class or temperature or beta or awkward)"],
-    ids=["long", "symmetric"],  # the other kinds in rows of other lengths: test_ptx_divergence.py
-)
+@pytest.mark.parametrize("which", ["30522", "9000", "not (30522 or 9000)"], ids=["longest", "long", "others"])
 def test_interpreted(which: str) -> None:
     """In a process of its own: Triton chooses between compiler and interpreter when it is imported."""
     run_again(Path(__file__).with_name("test_divergence.py"), f"Triton and {which}", TRITON_INTERPRET="1")
