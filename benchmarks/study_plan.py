@@ -134,7 +134,7 @@ class Trial(NamedTuple):
     average: float = 0.0
 
 
-class Waiting(Exception):  # noqa: N818
+class LackingRunsError(Exception):
     """The runs that something is chosen by are not all there."""
 
 
@@ -156,7 +156,7 @@ def pick(results: Results, cell: Cell, trials: Sequence[Trial]) -> Generator[Run
     lacking = [r for trial in trials for r in development_runs(cell, trial) if r.key not in results]
     yield from lacking
     if lacking:
-        raise Waiting
+        raise LackingRunsError
     return max(trials, key=lambda trial: development_score(results, cell, trial))
 
 
@@ -229,7 +229,7 @@ def outcome(steps: Generator[Run, None, Any]) -> Any:
             next(steps)
     except StopIteration as stop:
         return stop.value
-    except Waiting:
+    except LackingRunsError:
         return None
 
 
@@ -243,7 +243,7 @@ def plan(results: Results, cells: Sequence[Cell] = CELLS) -> Iterator[Run]:
                     if run.key not in seen:
                         seen.add(run.key)
                         yield run
-            except Waiting:
+            except LackingRunsError:
                 pass
 
 

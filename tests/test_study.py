@@ -160,7 +160,7 @@ def test_the_best_on_development_data_is_chosen_the_first_among_equals() -> None
 def _until_waiting(steps: Iterator[Run]) -> Iterator[Run]:
     try:
         yield from steps
-    except study_plan.Waiting:
+    except study_plan.LackingRunsError:
         return
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -122,7 +123,7 @@ class _Deliver(torch.autograd.Function):
         return None, upstream, *ctx.parcel.take(upstream)
 
 
-def leaves_of(x: Tensor, fronts: set[Any] = frozenset()) -> tuple[list[Tensor], bool]:  # type: ignore[assignment]
+def leaves_of(x: Tensor, fronts: AbstractSet[Any] = frozenset()) -> tuple[list[Tensor], bool]:
     """The leaves of a tensor's graph that require grad, and whether the graph comes to one of some nodes.
 
     Raises:
