@@ -15,7 +15,7 @@ from extension import for_each_lower_instruction_set, run_again
 from torch.utils.cpp_extension import include_paths
 
 HERE = Path(__file__).resolve().parent
-FUNCTIONS = ("expm1_small", "exp_small", "exp_nonpositive", "log_positive", "log1p")
+FUNCTIONS = ("expm1_small", "exp_small", "exp_nonpositive", "log_positive", "log1p", "square_root", "reciprocal")
 LEAST, MOST = 2.0**-126, 3.4028234663852886e38
 HALF_LN2 = math.log(2) / 2
 FEW = 61
@@ -67,6 +67,13 @@ def worst(library: ctypes.CDLL, function: str, begin: float, end: float, step: i
         ("log1p", 2**-12, 1.0, 1, 2.5, 2.5),
         ("log1p", -(2**-12), -1 + 2**-24, 1, 2.5, 2.5),
         ("log1p", 1.0, 2.0**126, FEW, 2.5, 2.5),
+        ("square_root", 0.0, LEAST, FEW, 0.9, 0.5),
+        ("square_root", LEAST, 1.0, FEW, 0.9, 0.5),
+        ("square_root", 1.0, 4.0, 1, 0.9, 0.5),
+        ("square_root", 4.0, MOST, FEW, 0.9, 0.5),
+        ("reciprocal", LEAST, 1.0, FEW, 1.0, 0.5),
+        ("reciprocal", 1.0, 2.0, 1, 1.0, 0.5),
+        ("reciprocal", 2.0, 2.0**126, FEW, 1.0, 0.5),
     ],
 )
 def test_error_in_units_in_the_last_place(

@@ -37,7 +37,9 @@ Worst worst(int function, uint32_t begin, uint32_t end, uint32_t step) {
     case 1: return over([](V x) { return exp_small<float>(x); }, [](double x) { return std::exp(x); });
     case 2: return over([](V x) { return exp_nonpositive<float>(x); }, [](double x) { return std::exp(x); });
     case 3: return over([](V x) { return log_positive<float>(x); }, [](double x) { return std::log(x); });
-    default: return over([](V x) { return log1p<float>(x); }, [](double x) { return std::log1p(x); });
+    case 4: return over([](V x) { return log1p<float>(x); }, [](double x) { return std::log1p(x); });
+    case 5: return over([](V x) { return square_root<float>(x); }, [](double x) { return std::sqrt(x); });
+    default: return over([](V x) { return reciprocal<float>(x); }, [](double x) { return 1 / x; });
   }
 }
 

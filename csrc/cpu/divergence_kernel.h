@@ -50,9 +50,9 @@ SK_INLINE void for_columns(int64_t begin, int64_t end, bool masked, F&& f) {
 }
 
 // The first n lanes, all of them written as one
-template <typename T>
-SK_INLINE void put(T* p, Vec<T> x, int n) {
-  n == kLanes<T> ? store(p, x) : store_n(p, x, n);
+template <typename S, typename V>
+SK_INLINE void put(S* p, V x, int n) {
+  n == int(sizeof(V) / sizeof x[0]) ? store(p, x) : store_n(p, x, n);
 }
 
 template <typename T>
@@ -61,9 +61,9 @@ struct Pair {
   Mask<T> absent;
 };
 
-// With `given`, what stands for a is the difference a - b, with digits that a and b have not.
-template <typename T, bool checked, bool given>
-SK_INLINE Pair<T> load_pair(const T* a, const T* b, int64_t j, int n) {
+// Of logits of type S. With `given`, what stands for a is the difference a - b, with digits that a and b have not.
+template <typename T, bool checked, bool given, typename S>
+SK_INLINE Pair<T> load_pair(const S* a, const S* b, int64_t j, int n) {
   Pair<T> x;
   if constexpr (checked) {
     x.b = load_n(b + j, n, -kInf<T>);
@@ -86,8 +86,8 @@ struct Survey {
   T max_a, max_b, low, high;
 };
 
-template <typename T, bool given>
-Survey<T> survey(const T* a, const T* b, int64_t cols, bool masked) {
+template <typename T, bool given, typename S>
+Survey<T> survey(const S* a, const S* b, int64_t cols, bool masked) {
   Vec<T> max_a = set1(-kInf<T>), max_b = max_a, low = set1(kInf<T>), high = max_a;
   for_columns<T>(0, cols, masked, [&](auto checked, int64_t j, int n) SK_LAMBDA {
     const Pair<T> x = load_pair<T, checked, given>(a, b, j, n);
@@ -191,8 +191,8 @@ void advance(LongRow<T>& row, const Survey<T>& at, Block<T>& block) {
 
 // The sums over some classes of a block. What waits is w, and v or expm1(d). The next block, `ahead`, is asked for
 // meanwhile: to look at it takes no longer than to fetch it.
-template <typename T, bool given, bool near, bool wait, bool scaled>
-void gather(LongRow<T>& row, const T* a, const T* b, int64_t cols, int64_t ahead, T* wait_a, T* wait_b) {
+template <typename T, bool given, bool near, bool wait, bool scaled, typename S>
+void gather(LongRow<T>& row, const S* a, const S* b, int64_t cols, int64_t ahead, T* wait_a, T* wait_b) {
   const T max_a = row.max_a, max_b = row.max_b, centre = row.centre();
   Vec<T> vw{}, vwd{}, vx{}, vxd{};
   for_columns<T>(0, cols, row.careful, [&](auto checked, int64_t j, int n) SK_LAMBDA {
@@ -247,11 +247,19 @@ void conclude(LongRow<T>& row) {
 // the rounding of p and q does not show in a gradient.
 enum class Way { near, far, apart };
 
-// Of the gradients a block is asked for: a factor on them, and where they go; null if one is not wanted.
-template <typename T>
+// Where a block's gradients go, each null if it is not wanted
+template <typename S>
 struct Wanted {
   bool detach;
-  T *grad_a, *grad_b, *both;  // the last for their sum
+  S *grad_a, *grad_b, *both;  // the last for their sum
+};
+
+// What stays of each class where gradients need sums that come last: p, q, and of both sides the slopes that are wanted.
+template <typename T>
+struct Kept {
+  T *p, *q, *slope_a, *slope_b;
+
+  Kept at(int64_t j) const { return {p + j, q + j, slope_a ? slope_a + j : nullptr, slope_b ? slope_b + j : nullptr}; }
 };
 
 // What is read next from memory: asked for while this block is computed, so that memory is never idle. A step of 0 asks for
@@ -267,10 +275,10 @@ struct Next {
 };
 
 // A row's classes, once all of its sums are known, as they are read in a block
-template <typename T, bool given, Way way, bool waiting, bool scaled>
+template <typename T, typename S, bool given, Way way, bool waiting, bool scaled>
 class Reader {
  public:
-  Reader(const LongRow<T>& row, const Block<T>& block, const T* a, const T* b, const T* wait_a, const T* wait_b)
+  Reader(const LongRow<T>& row, const Block<T>& block, const S* a, const S* b, const T* wait_a, const T* wait_b)
       : row_(row), a_(a), b_(b), wait_a_(wait_a), wait_b_(wait_b), max_a_(row.max_a), max_b_(row.max_b),
         centre_(row.centre()), s_(row.s), inv_a_(row.inv_a), inv_b_(row.inv_b), ratio_(row.ratio), offset_(row.offset) {
     if (!waiting || (block.max_a == max_a_ && block.max_b == max_b_)) return;
@@ -309,18 +317,19 @@ class Reader {
 
  private:
   const LongRow<T>& row_;
-  const T *a_, *b_, *wait_a_, *wait_b_;
+  const S *a_, *b_;
+  const T *wait_a_, *wait_b_;
   T max_a_, max_b_, centre_, s_, inv_a_, inv_b_, ratio_, offset_;
 };
 
 // The loss of a block's classes, their gradients written
-template <typename T, bool given, Way way, bool waiting, bool scaled>
+template <typename T, bool given, Way way, bool waiting, bool scaled, typename S>
 double finish(
-    const LongRow<T>& row, const Block<T>& block, const T* a, const T* b, int64_t cols, const T* wait_a,
-    const T* wait_b, const Wanted<T>& want, const Next next) {
-  const Reader<T, given, way, waiting, scaled> classes(row, block, a, b, wait_a, wait_b);
+    const LongRow<T>& row, const Block<T>& block, const S* a, const S* b, int64_t cols, const T* wait_a,
+    const T* wait_b, const Wanted<S>& want, const Next next) {
+  const Reader<T, S, given, way, waiting, scaled> classes(row, block, a, b, wait_a, wait_b);
   const T scale = row.scale, own = want.detach ? T(0) : scale, own_pq = own * row.kl_pq, own_qp = own * row.kl_qp;
-  T *const grad_a = want.grad_a, *const grad_b = want.grad_b;
+  S *const grad_a = want.grad_a, *const grad_b = want.grad_b;
   Vec<T> loss{};
   for_columns<T>(0, cols, row.careful, [&](auto checked, int64_t j, int n) SK_LAMBDA {
     next.prefetch(j);
@@ -333,23 +342,28 @@ double finish(
   return reduce_add<T>(loss);
 }
 
-// The same for any other kind: what a block adds to the totals of its row, or with these its gradients. Of any kind where
-// the sum of both gradients is wanted, which is of second order: it takes the loss itself, free of what KL(p||q) is off by.
-template <typename T, bool given, Kind kind, Way way, bool waiting, bool sums, bool gradients>
+// The same for any other kind: what a block adds to the totals of its row, its classes kept if they shall be, or with these
+// totals its gradients. Of any kind where the sum of both gradients is wanted, which is of second order: it takes the loss
+// itself, free of what KL(p||q) is off by.
+template <typename T, bool given, Kind kind, Way way, bool waiting, bool sums, bool gradients, typename S>
 void finish_kind(
-    const LongRow<T>& row, const Block<T>& block, const T* a, const T* b, int64_t cols, const T* wait_a,
-    const T* wait_b, const Wanted<T>& want, const Next next, T beta, Totals& totals) {
-  const Reader<T, given, way, waiting, true> classes(row, block, a, b, wait_a, wait_b);
+    const LongRow<T>& row, const Block<T>& block, const S* a, const S* b, int64_t cols, const T* wait_a,
+    const T* wait_b, const Wanted<S>& want, const Kept<T>& kept, const Next next, T beta, Totals& totals) {
+  const Reader<T, S, given, way, waiting, true> classes(row, block, a, b, wait_a, wait_b);
   const T scale = row.scale, loss = T(totals.loss), mean_a = T(totals.mean_a), mean_b = T(totals.mean_b);
-  T *const grad_a = want.grad_a, *const grad_b = want.grad_b;
+  S *const grad_a = want.grad_a, *const grad_b = want.grad_b;
+  T *const slopes_a = kept.slope_a, *const slopes_b = kept.slope_b;
   Vec<T> term{}, slope_a{}, slope_b{};
   for_columns<T>(0, cols, row.careful, [&](auto checked, int64_t j, int n) SK_LAMBDA {
-    if constexpr (gradients) next.prefetch(j);
+    if constexpr (gradients || (!given && keeps(kind))) next.prefetch(j);
     const Classes<T> of = classes.template read<checked>(j, n);
     Parts<T> part = parts<kind, T>(of, beta);
-    if constexpr (sums) {
-      term += rounded(part.term);
-      if constexpr (!gradients) slope_a += rounded(part.slope_a), slope_b += rounded(part.slope_b);
+    if constexpr (sums) term += rounded(part.term);
+    if constexpr (sums && !gradients) {
+      part.slope_a = rounded(part.slope_a), part.slope_b = rounded(part.slope_b);
+      slope_a += part.slope_a, slope_b += part.slope_b;
+      if (slopes_a) put(slopes_a + j, part.slope_a, n), put(kept.p + j, of.p, n);
+      if (slopes_b) put(slopes_b + j, part.slope_b, n), put(kept.q + j, of.q, n);
     }
     if constexpr (gradients) {
       if (grad_a) put(grad_a + j, scale * centred<kind, T>(of.p, part.slope_a, mean_a, mean_b, loss), n);
@@ -360,6 +374,16 @@ void finish_kind(
   });
   if constexpr (sums) totals.loss += reduce_add<T>(term);
   if constexpr (sums && !gradients) totals.mean_a += reduce_add<T>(slope_a), totals.mean_b += reduce_add<T>(slope_b);
+}
+
+// One side's gradient from what was kept; it may take the slopes' place.
+template <Kind kind, typename T, typename S>
+void centre(T scale, const T* p, const T* slope, int64_t cols, T mean, T other_mean, T loss, S* grad) {
+  for_columns<T>(0, cols, false, [&](auto checked, int64_t j, int n) SK_LAMBDA {
+    const Vec<T> its_p = checked ? load_n(p + j, n, T(0)) : load(p + j);
+    const Vec<T> its_slope = checked ? load_n(slope + j, n, T(0)) : load(slope + j);
+    put(grad + j, scale * centred<kind, T>(its_p, its_slope, mean, other_mean, loss), n);
+  });
 }
 
 // kLanes rows at once, turned: vector j holds class j of each, with room for a tile that is not full.
@@ -525,11 +549,51 @@ class ShortRows {
   Vec<T> kl_pq_, kl_qp_;
 };
 
+// As many whole vectors as there are classes hold a row for each lane: element i * cols + j is class j of row i. Lane
+// `lane` of what is number `out` when turned, or turned back, comes from this vector and this place in it.
+template <typename T, int cols, bool back>
+constexpr std::pair<int, int> origin(int out, int lane) {
+  constexpr int N = kLanes<T>;
+  const int element = back ? out * N + lane : lane * cols + out;
+  return back ? std::pair(element % cols, element / cols) : std::pair(element / N, element % N);
+}
+template <typename T, int cols, bool back, int out, int from = 1, size_t... lane>
+SK_INLINE Vec<T> collect(const Vec<T>* x, Vec<T> found, std::index_sequence<lane...> lanes) {
+  if constexpr (from == cols) {
+    return found;
+  } else {
+    constexpr auto source = [](int to) {
+      const auto [vector, place] = origin<T, cols, back>(out, to);
+      return vector == from ? kLanes<T> + place : from == 1 && vector == 0 ? place : to;
+    };
+    return collect<T, cols, back, out, from + 1>(x, __builtin_shufflevector(found, x[from], source(int(lane))...), lanes);
+  }
+}
+template <typename T, bool back, size_t... out>
+SK_INLINE void turn_vectors(const Vec<T>* x, Vec<T>* to, std::index_sequence<out...>) {
+  constexpr auto lanes = std::make_index_sequence<kLanes<T>>();
+  ((to[out] = collect<T, sizeof...(out), back, int(out)>(x, x[0], lanes)), ...);
+}
+// Up to so many classes that takes fewer exchanges than whole tiles, of which most is empty.
+constexpr int kFew = SK_VECTOR_BYTES == 64 ? 5 : 3;
+// f(number), known when compiled
+template <int number = 1, typename F>
+SK_INLINE void with_few(int cols, F&& f) {
+  if (cols == number) f(std::integral_constant<int, number>{});
+  else if constexpr (number < kFew) with_few<number + 1>(cols, f);
+}
+
 // Some rows in memory, side by side, to vectors of one class each, and back. A last tile that is not full reaches into
 // the rows behind its own; with `more` there are some behind the last as well. On the way back they are written later.
 template <typename T, bool more>
 void turn_in(const T* rows, int cols, Vec<T>* out) {
   constexpr int N = kLanes<T>;
+  if (cols <= kFew)
+    return with_few(cols, [&](auto few) SK_LAMBDA {
+      Vec<T> x[few];
+      for (int k = 0; k < few; ++k) x[k] = load(rows + k * N);
+      turn_vectors<T, false>(x, out, std::make_index_sequence<few>());
+    });
   for (int j = 0; j < cols; j += N) {
 #pragma GCC unroll 32
     for (int i = 0; i < N; ++i) {
@@ -543,6 +607,13 @@ void turn_in(const T* rows, int cols, Vec<T>* out) {
 template <typename T, bool more, typename F>
 SK_INLINE void turn_out(F&& column, int cols, T* rows) {
   constexpr int N = kLanes<T>;
+  if (cols <= kFew)
+    return with_few(cols, [&](auto few) SK_LAMBDA {
+      Vec<T> x[few], turned[few];
+      for (int k = 0; k < few; ++k) x[k] = column(k);
+      turn_vectors<T, true>(x, turned, std::make_index_sequence<few>());
+      for (int k = 0; k < few; ++k) store(rows + k * N, turned[k]);
+    });
   for (int j = (cols - 1) / N * N; j >= 0; j -= N) {
     Vec<T> tile[N];
     if (j + N <= cols)
@@ -645,8 +716,9 @@ struct Gradient {
 };
 
 // Rows of any length, some together: a stage of all before the next of any, so that none waits for the last sums of the
-// one before it.
-template <typename T, bool given>
+// one before it. Logits are read as S, and gradients written so; what is not of that type or not contiguous goes through
+// scratch, where S is T.
+template <typename T, typename S, bool given>
 class LongRows {
  public:
   explicit LongRows(const DivergenceJob& job)
@@ -657,7 +729,8 @@ class LongRows {
         grad_a_{static_cast<char*>(job.grad_a), job.a.dtype()},
         grad_b_{static_cast<char*>(job.grad_b), job.b.dtype()},
         side_(std::min(cols_, kBlock<T>)),
-        room_(new T[2 * (together_ + 1) * side_ + (waits_apart() ? 2 * together_ * cols_ : 0)]),
+        keeps_(!given && keeps(job.kind) && (job.grad_a || job.grad_b)),
+        room_(new T[2 * (together_ + 1) * side_ + (waits_apart() ? 2 * together_ * cols_ : 0) + (keeps_ ? 2 * cols_ : 0)]),
         done_(new Block<T>[together_ * blocks_]) {
     sum_ = job.inverse == 1 ? &LongRows::template sum<false> : &LongRows::template sum<true>;
     write_ = with_kind(job.kind, job.inverse != 1, [&](auto kind, auto scaled) { return &LongRows::template write<kind, scaled>; });
@@ -686,13 +759,25 @@ class LongRows {
  private:
   // Of these kinds the loss is summed while the gradients are written, as their sum is not wanted.
   static constexpr bool known(Kind kind) { return !given && known_sums(kind); }
-  bool waits_apart() const { return job_.wait && (job_.in_place || !(grad_a_.direct() && grad_b_.direct())); }
+  bool waits_apart() const { return keeps_ || (job_.wait && (job_.in_place || !(grad_a_.direct() && grad_b_.direct()))); }
+  // Where a row's exponentials wait, if that is not where its gradients go: first those of a, then of b.
+  T* room_apart(int i) const { return room_.get() + 2 * (together_ + 1) * side_ + 2 * i * cols_; }
   T* waiting(T* row, int64_t at) const { return job_.wait ? row + at : nullptr; }
   int64_t begin(int64_t block) const { return block * kBlock<T>; }
   int64_t size(int64_t block) const { return std::min(kBlock<T>, cols_ - begin(block)); }
-  const T* a(int i, int64_t k) { return columns_in(job_.a, rows_[i].a, begin(k), size(k), room_.get() + 2 * i * side_); }
-  const T* b(int i, int64_t k) {
-    return columns_in(job_.b, rows_[i].b, begin(k), size(k), room_.get() + (2 * i + 1) * side_);
+  const S* columns(const Rows& x, const void* row, int64_t k, T* scratch) const {
+    if constexpr (std::is_same_v<S, T>) return columns_in(x, row, begin(k), size(k), scratch);
+    else return static_cast<const S*>(row) + begin(k);
+  }
+  const S* a(int i, int64_t k) const { return columns(job_.a, rows_[i].a, k, room_.get() + 2 * i * side_); }
+  const S* b(int i, int64_t k) const { return columns(job_.b, rows_[i].b, k, room_.get() + (2 * i + 1) * side_); }
+  // Where the gradients of some classes are written
+  S* place(const Gradient<T>& grad, int64_t at, T* scratch) const {
+    if constexpr (std::is_same_v<S, T>) return grad.data ? grad.at(at, scratch) : nullptr;
+    else return grad.data ? reinterpret_cast<S*>(grad.data) + at : nullptr;
+  }
+  void round(const Gradient<T>& grad, const S* computed, int64_t at, int64_t cols) const {
+    if constexpr (std::is_same_v<S, T>) grad.round(computed, at, cols);
   }
 
   void start(int i, int64_t index) {
@@ -703,10 +788,10 @@ class LongRows {
     LongRow<T>& row = rows_[i];
     row = {job_.a.row(index), job_.b.row(index), T(job_.scale * job_.inverse) * scale * factor, job_.inverse};
     if (job_.wait) {
-      const int64_t each = waits_apart() ? cols_ : 0;
-      T* const wait = room_.get() + (waits_apart() ? 2 * (together_ + 1) * side_ + 2 * i * cols_ : 0);
-      row.wait_a = job_.in_place ? wait : grad_a_.at(index * cols_, wait);
-      row.wait_b = job_.in_place ? wait + each : grad_b_.at(index * cols_, wait + each);
+      const bool elsewhere = job_.in_place || keeps_;
+      T* const wait = waits_apart() ? room_apart(i) : nullptr;
+      row.wait_a = elsewhere ? wait : grad_a_.at(index * cols_, wait);
+      row.wait_b = elsewhere ? wait + cols_ : grad_b_.at(index * cols_, wait ? wait + cols_ : nullptr);
     }
     row.blocks = done_.get() + i * blocks_;
     row.counts = factor != T(0);
@@ -745,14 +830,14 @@ class LongRows {
     if (!((of.w + of.wd + of.x + of.xd) * 0 == 0)) {
       bool undefined = false, infinite = false, any_a = false, any_b = false;
       for (int64_t k = 0; k < blocks_; ++k) {
-        const T *const a = this->a(i, k), *const b = this->b(i, k);
+        const S *const a = this->a(i, k), *const b = this->b(i, k);
         for (int64_t j = 0; j < size(k); ++j) {
-          const T one = given ? b[j] + a[j] : a[j];
-          undefined |= !(one < kInf<T>) || !(b[j] < kInf<T>);
+          const T two = number(b[j]), one = given ? two + number(a[j]) : number(a[j]);
+          undefined |= !(one < kInf<T>) || !(two < kInf<T>);
           any_a |= one != -kInf<T>;
-          any_b |= b[j] != -kInf<T>;
-          infinite |= infinite_without_p(job_.kind) && one == -kInf<T> && b[j] != -kInf<T>;
-          infinite |= infinite_without_q(job_.kind) && b[j] == -kInf<T> && one != -kInf<T>;
+          any_b |= two != -kInf<T>;
+          infinite |= infinite_without_p(job_.kind) && one == -kInf<T> && two != -kInf<T>;
+          infinite |= infinite_without_q(job_.kind) && two == -kInf<T> && one != -kInf<T>;
         }
       }
       undefined |= !any_a || !any_b;
@@ -768,9 +853,12 @@ class LongRows {
     conclude(row);
   }
 
+  // Whether the rounding of p and q does not show in the row's gradients; it would in their sum.
+  bool apart(const LongRow<T>& row) const { return std::min(row.kl_pq, row.kl_qp) >= kApart<T> && !job_.grad_both; }
+
   // f(way, waiting, wait_a, wait_b) of a block whose logits are at hand, its exponentials too if they wait
   template <Kind kind, typename F>
-  SK_INLINE void in_its_way(int i, int64_t k, bool apart, F&& f) {
+  SK_INLINE void in_its_way(int i, int64_t k, F&& f) {
     const LongRow<T>& row = rows_[i];
     const Block<T>& block = row.blocks[k];
     const T *const wait_a = waiting(row.wait_a, begin(k)), *const wait_b = waiting(row.wait_b, begin(k));
@@ -780,23 +868,24 @@ class LongRows {
       else f(its_way, std::false_type{}, wait_a, wait_b);
     };
     if (row.near) return go(std::integral_constant<Way, Way::near>{});
-    if constexpr (kind == Kind::symmetric_kl)
-      if (apart) return go(std::integral_constant<Way, Way::apart>{});
+    if constexpr (plain_where_apart(kind))
+      if (apart(row)) return go(std::integral_constant<Way, Way::apart>{});
     go(std::integral_constant<Way, Way::far>{});
   }
 
   // Adds up what its gradients are centred by, or tells it
   template <Kind kind>
-  Totals sum_kind(int i) {
+  Totals sum_kind(int i, const Kept<T>& kept, int64_t next) {
     LongRow<T>& row = rows_[i];
     Totals totals = sums_of(kind, row.kl_pq, row.kl_qp);
     if constexpr (!known(kind)) {
       totals = {};
       for (int64_t k = 0; k < blocks_; ++k) {
         if (blocks_ > 1) a_[i] = a(i, k), b_[i] = b(i, k);
-        in_its_way<kind>(i, k, false, [&](auto way, auto waits, const T* wait_a, const T* wait_b) SK_LAMBDA {
+        in_its_way<kind>(i, k, [&](auto way, auto waits, const T* wait_a, const T* wait_b) SK_LAMBDA {
           finish_kind<T, given, kind, way, waits, true, false>(
-              row, row.blocks[k], a_[i], b_[i], size(k), wait_a, wait_b, {}, {}, T(job_.beta), totals);
+              row, row.blocks[k], a_[i], b_[i], size(k), wait_a, wait_b, {}, kept.at(begin(k)), ahead(next, k),
+              T(job_.beta), totals);
         });
       }
     }
@@ -815,43 +904,76 @@ class LongRows {
   // Its loss and its gradients
   template <Kind kind, bool scaled>
   void write(int i, int64_t index, int64_t next) {
-    LongRow<T>& row = rows_[i];
-    const bool apart = !row.near && std::min(row.kl_pq, row.kl_qp) >= kApart<T>;
-    const bool one_by_one = kind == Kind::symmetric_kl && !(given && job_.grad_both);
+    if (!rows_[i].counts) fill(i, index);
+    else if constexpr (!given && keeps(kind)) write_kept<kind>(i, index, next);
+    else write_blocks<kind, scaled>(i, index, next);
+  }
+
+  // A row with nothing to find out
+  void fill(int i, int64_t index) {
+    const T gradient = rows_[i].loss == T(0) ? T(0) : kNan<T>;
+    const int64_t at = index * cols_;
     T* const both = static_cast<T*>(job_.grad_both);
+    if (both) std::fill_n(both + at, cols_, gradient);
+    for (int64_t j = 0; j < cols_; j += kLanes<T>) {
+      const int n = int(std::min<int64_t>(kLanes<T>, cols_ - j));
+      for (const Gradient<T>* grad : {&grad_a_, &grad_b_})
+        if (S* const to = place(*grad, at + j, room_.get())) put(to, set1(gradient), n), round(*grad, to, at + j, n);
+    }
+  }
+
+  template <Kind kind>
+  void write_kept(int i, int64_t index, int64_t next) {
+    LongRow<T>& row = rows_[i];
+    const int64_t at = index * cols_;
+    T* const p = room_apart(i);
+    T* const slopes = room_apart(together_);
+    const auto slope = [&](const Gradient<T>& grad, T* scratch) {
+      return !keeps_ || !grad.data ? nullptr : grad.at(at, scratch);
+    };
+    const Kept<T> kept{p, p + cols_, slope(grad_a_, slopes), slope(grad_b_, slopes + cols_)};
+    const Totals totals = sum_kind<kind>(i, kept, next);
+    const T mean_a = T(totals.mean_a), mean_b = T(totals.mean_b), loss = T(totals.loss);
+    const auto one = [&](const Gradient<T>& grad, const T* p, T* slope, T mean, T other) {
+      if (!slope) return;
+      S* const to = place(grad, at, slope);
+      centre<kind>(row.scale, p, slope, cols_, mean, other, loss, to);
+      round(grad, to, at, cols_);
+    };
+    one(grad_a_, kept.p, kept.slope_a, mean_a, mean_b);
+    one(grad_b_, kept.q, kept.slope_b, mean_b, mean_a);
+    row.loss = T(std::clamp(totals.loss, 0.0, job_.greatest));
+  }
+
+  template <Kind kind, bool scaled>
+  void write_blocks(int i, int64_t index, int64_t next) {
+    LongRow<T>& row = rows_[i];
+    const bool one_by_one = kind == Kind::symmetric_kl && !(given && job_.grad_both);
+    S* const both = static_cast<S*>(job_.grad_both);
     double loss = 0;
     Totals totals;
     if constexpr (given || kind != Kind::symmetric_kl)
-      if (row.counts && !one_by_one) totals = sum_kind<kind>(i);
+      if (!one_by_one) totals = sum_kind<kind>(i, {}, index);
     for (int64_t k = 0; k < blocks_; ++k) {
       const int64_t at = index * cols_ + begin(k), cols = size(k);
       T* const buffer = room_.get() + 2 * together_ * side_;
-      T* const to_a = grad_a_.at(at, buffer);
-      T* const to_b = grad_b_.at(at, buffer + side_);
-      if (row.counts) {
-        if (blocks_ > 1) a_[i] = a(i, k), b_[i] = b(i, k);
-        const Block<T>& block = row.blocks[k];
-        const Wanted<T> want{
-            job_.detach_targets, grad_a_.data ? to_a : nullptr, grad_b_.data ? to_b : nullptr, both ? both + at : nullptr};
-        in_its_way<kind>(i, k, apart && one_by_one, [&](auto way, auto waits, const T* wait_a, const T* wait_b) SK_LAMBDA {
-          if constexpr (kind == Kind::symmetric_kl)
-            if (one_by_one)
-              loss += finish<T, given, way, waits, scaled>(row, block, a_[i], b_[i], cols, wait_a, wait_b, want, ahead(next, k));
-          if constexpr (given || kind != Kind::symmetric_kl)
-            if (!one_by_one && (known(kind) || want.grad_a || want.grad_b))
-              finish_kind<T, given, kind, way, waits, known(kind), true>(
-                  row, block, a_[i], b_[i], cols, wait_a, wait_b, want, ahead(next, k), T(job_.beta), totals);
-        });
-      } else {
-        const T gradient = row.loss == T(0) ? T(0) : kNan<T>;
-        if (grad_a_.data) std::fill_n(to_a, cols, gradient);
-        if (grad_b_.data) std::fill_n(to_b, cols, gradient);
-        if (both) std::fill_n(both + at, cols, gradient);
-      }
-      grad_a_.round(to_a, at, cols);
-      grad_b_.round(to_b, at, cols);
+      S* const to_a = place(grad_a_, at, buffer);
+      S* const to_b = place(grad_b_, at, buffer + side_);
+      if (blocks_ > 1) a_[i] = a(i, k), b_[i] = b(i, k);
+      const Block<T>& block = row.blocks[k];
+      const Wanted<S> want{job_.detach_targets, to_a, to_b, both ? both + at : nullptr};
+      in_its_way<kind>(i, k, [&](auto way, auto waits, const T* wait_a, const T* wait_b) SK_LAMBDA {
+        if constexpr (kind == Kind::symmetric_kl)
+          if (one_by_one)
+            loss += finish<T, given, way, waits, scaled>(row, block, a_[i], b_[i], cols, wait_a, wait_b, want, ahead(next, k));
+        if constexpr (given || kind != Kind::symmetric_kl)
+          if (!one_by_one && (known(kind) || want.grad_a || want.grad_b))
+            finish_kind<T, given, kind, way, waits, known(kind), true>(
+                row, block, a_[i], b_[i], cols, wait_a, wait_b, want, {}, ahead(next, k), T(job_.beta), totals);
+      });
+      round(grad_a_, to_a, at, cols);
+      round(grad_b_, to_b, at, cols);
     }
-    if (!row.counts) return;
     row.loss = one_by_one ? T(loss) : T(std::clamp(totals.loss, 0.0, job_.greatest));
   }
 
@@ -861,13 +983,14 @@ class LongRows {
   const int64_t blocks_;
   const Gradient<T> grad_a_, grad_b_;
   const int64_t side_;  // elements of a block
-  // For each row a block of either side, for all a block of either gradient; the exponentials of each.
+  const bool keeps_;    // p, q and slopes, until all sums are known
+  // For each row a block of either side, for all a block of either gradient; the exponentials of each; a row's slopes.
   const std::unique_ptr<T[]> room_;
   const std::unique_ptr<Block<T>[]> done_;
   void (LongRows::*sum_)(int, int64_t, const Survey<T>&);
   void (LongRows::*write_)(int, int64_t, int64_t);
   LongRow<T> rows_[kMaxTogether];
-  const T *a_[kMaxTogether], *b_[kMaxTogether];
+  const S *a_[kMaxTogether], *b_[kMaxTogether];
 };
 
 template <typename T>
@@ -932,9 +1055,12 @@ void run_short(const DivergenceJob& job, int64_t begin, int64_t end) {
 
 template <typename T>
 void run_rows(const DivergenceJob& job, int64_t begin, int64_t end) {
-  if (job.difference) LongRows<T, true>(job).run(begin, end);
-  else if (job.in_place || job.a.cols() > kMaxTransposed) LongRows<T, false>(job).run(begin, end);
-  else run_short<T>(job, begin, end);
+  const auto is_bf16 = [](const Rows& x) { return x.dtype() == ScalarType::BFloat16 && x.column_stride() == 1; };
+  const auto run_long = [&](auto&& rows) { rows.run(begin, end); };
+  if (job.difference) run_long(LongRows<T, T, true>(job));
+  else if (!job.in_place && job.a.cols() <= kMaxTransposed) run_short<T>(job, begin, end);
+  else if (!std::is_same_v<T, float> || !is_bf16(job.a) || !is_bf16(job.b)) run_long(LongRows<T, T, false>(job));
+  else run_long(LongRows<T, std::conditional_t<std::is_same_v<T, float>, bf16, T>, false>(job));
 }
 
 void divergence_rows(const DivergenceJob& job, int64_t begin, int64_t end) {

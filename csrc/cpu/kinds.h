@@ -37,6 +37,12 @@ inline Totals sums_of(Kind kind, double kl_pq, double kl_qp) {
   return {0, kind == Kind::kl ? 0 : kl_pq, kind == Kind::reverse_kl ? 0 : kl_qp};
 }
 
+// Of the others, whether it takes longer to find a class's slopes anew than to keep them until these sums are known
+constexpr bool keeps(Kind kind) { return kind == Kind::js || kind == Kind::hellinger; }
+
+// Whether p - q of a class may be their plain difference where both divergences are large
+constexpr bool plain_where_apart(Kind kind) { return kind == Kind::symmetric_kl || kind == Kind::total_variation; }
+
 }  // namespace smart_kernels
 
 #endif
@@ -64,13 +70,6 @@ SK_INLINE Vec<T> excess(Vec<T> q, Vec<T> x, Vec<T> log) {
   return near ? q * excess_small<T>(log) : x - q * log;
 }
 
-// log(m / q) of a mixture m = q + x > 0; anything finite where q is not a normal number
-template <typename T>
-SK_INLINE Vec<T> log_ratio(Vec<T> q, Vec<T> m, Vec<T> x) {
-  const Vec<T> over = T(1) / vmax(q, set1(std::numeric_limits<T>::min()));
-  return log_positive<T>(m * over, x * over, vabs<T>(x) <= T(0.25) * q);
-}
-
 // KL(p||q) + KL(q||p)
 template <typename T>
 SK_INLINE Parts<T> symmetric_kl(const Classes<T>& of, T) {
@@ -89,22 +88,30 @@ SK_INLINE Parts<T> reverse_kl(const Classes<T>& of, T) {
   return {excess<T>(of.p, -of.x, -of.t), of.p * of.t, -of.x};
 }
 
-// beta KL(q||m) + (1 - beta) KL(p||m), m = beta q + (1 - beta) p
+// beta KL(q||m) + (1 - beta) KL(p||m), m = beta q + (1 - beta) p. Of log(m / q) and log(m / p), which differ by t and have
+// opposite signs, the smaller by beta is found; the other where that one's class has next to no mass.
 template <typename T>
 SK_INLINE Parts<T> js(const Classes<T>& of, T beta) {
   const T rest = T(1) - beta;
   const Vec<T> m = beta * of.q + rest * of.p, more = rest * of.x, less = -beta * of.x;  // m - q, m - p
-  const Vec<T> log_mq = log_ratio<T>(of.q, m, more), log_mp = log_ratio<T>(of.p, m, less);
+  const Vec<T> least = set1(std::numeric_limits<T>::min());
+  const bool rather_q = beta >= T(0.5);
+  const Mask<T> by_q = rather_q ? (of.t <= T(8)) & (of.q >= least) : (of.t < T(-8)) | (of.p < least);
+  const Vec<T> base = by_q ? of.q : of.p, change = by_q ? more : less, over = reciprocal<T>(vmax(base, least));
+  const Vec<T> log = log_positive<T>(m * over, change * over, vabs<T>(change) <= T(0.25) * base);
+  const Vec<T> log_mq = by_q ? log : log + of.t, log_mp = by_q ? log - of.t : log;
   const Vec<T> term = beta * excess<T>(of.q, more, log_mq) + rest * excess<T>(of.p, less, log_mp);
   return {term, -rest * (of.p * log_mp), -beta * (of.q * log_mq)};
 }
 
-// 1/2 sum (sqrt p - sqrt q)^2
+// 1/2 sum (sqrt p - sqrt q)^2, by h = expm1(t / 2) where |t| <= 1
 template <typename T>
 SK_INLINE Parts<T> hellinger(const Classes<T>& of, T) {
-  const Vec<T> root_p = square_root<T>(of.p), root_q = square_root<T>(of.q);
-  const Vec<T> y = of.x == Vec<T>{} ? Vec<T>{} : of.x / (root_p + root_q);
-  return {T(0.5) * y * y, T(0.5) * root_p * y, T(-0.5) * root_q * y};
+  const Mask<T> close = vabs<T>(of.t) <= T(1);
+  const Vec<T> h = expm1_small<T>(T(0.5) * of.t), qh = of.q * h;
+  const Vec<T> root = square_root<T>(of.p) * square_root<T>(of.q);
+  const Vec<T> from_p = close ? qh + qh * h : of.p - root, from_q = close ? qh : root - of.q;
+  return {T(0.5) * (close ? qh * h : from_p - from_q), T(0.5) * from_p, T(-0.5) * from_q};
 }
 
 // 1/2 sum |p - q|; f' and g but for a constant, so that each sum is that of a side's smaller part (`centred`)

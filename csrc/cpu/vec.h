@@ -86,6 +86,17 @@ struct fp16 {
 };
 typedef uint16_t Bits16 __attribute__((vector_size(SK_VECTOR_BYTES / 2)));
 
+template <typename T>
+SK_INLINE T number(T x) {
+  return x;
+}
+SK_INLINE float number(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float number;
+  __builtin_memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
 SK_INLINE Vec<float> load(const bf16* p) {
 #if SK_VECTOR_BYTES == 64
   return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
@@ -161,6 +172,8 @@ SK_INLINE void store_some(S* p, V x, int n) {
   store(lanes, x);
   __builtin_memcpy(p, lanes, n * sizeof(S));
 }
+SK_INLINE Vec<float> load_n(const bf16* p, int n, float fill) { return first_lanes<float>(n) ? load_some(p, n) : set1(fill); }
+SK_INLINE void store_n(bf16* p, Vec<float> x, int n) { store_some(p, x, n); }
 
 // b where one of both is NaN, which is what the instructions do; compilers make two of the comparison's form.
 template <typename V>
@@ -206,10 +219,29 @@ SK_INLINE Vec<T> vabs(Vec<T> x) {
   return (Vec<T>)((Mask<T>)x & std::numeric_limits<std::remove_reference_t<decltype(Mask<T>{}[0])>>::max());
 }
 
+// sqrt(x) of a finite number >= 0, to 0.9 (0.5) units; by a step of Newton's where the instruction takes long.
 template <typename T>
 SK_INLINE Vec<T> square_root(Vec<T> x) {
+#if SK_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) {
+    const __mmask16 some = _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    const Vec<T> y = (Vec<T>)_mm512_maskz_rsqrt14_ps(some, (__m512)x), root = x * y;
+    return root + root * (T(0.5) - T(0.5) * y * root);
+  }
+#endif
   for (int i = 0; i < kLanes<T>; ++i) x[i] = std::sqrt(x[i]);
   return x;
+}
+// 1 / x of a normal number of which the reciprocal is one, to 1 (0.5)
+template <typename T>
+SK_INLINE Vec<T> reciprocal(Vec<T> x) {
+#if SK_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) {
+    const Vec<T> y = (Vec<T>)_mm512_rcp14_ps((__m512)x);
+    return y + y * (T(1) - x * y);
+  }
+#endif
+  return T(1) / x;
 }
 
 // All lanes by one operation, halves with each other: the serial way takes as long as a hundred elements.
