@@ -83,6 +83,11 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)] if fsdp else []
 
 
+def gathering(model: nn.Module) -> list[nn.Module]:
+    """The same as modules, the outermost first."""
+    return [m for m in sharded_modules(model) if isinstance(m, nn.Module)]
+
+
 def reshard(modules: Sequence[FSDPModule]) -> None:
     """Free what was gathered: the parameters are the shards, and the next pass gathers anew."""
     for module in modules:

@@ -113,12 +113,11 @@ class Step:
         self._trains = graph.loss.requires_grad
         if self._checking:
             check_connected(self._trains, graph.logits)
-        clean = graph.detached()
-        self.task_loss, self.logits = clean.loss, clean.logits
+        self.task_loss, self.logits = graph.loss.detach(), graph.given
         self.smoothness = self.proximal = self.task_loss.new_zeros(())
         if not self._smart.alone:
-            self._divergence = self._smart._divergence(clean, self._options.num_items)
-        return graph, clean
+            graph, self._divergence = self._smart._compare(graph, self._options.num_items)
+        return graph, graph.detached()
 
     def taught(self, clean: CleanPass) -> Logits:
         """With the teacher's weights."""
@@ -208,6 +207,8 @@ class Step:
         if perturbed is not None:
             constant = graph is None or self._config.detach_clean
             smooth = self._smooth(perturbed, detached(there.logits) if constant else there.logits)
+            if graph is not None:  # what the divergence itself does with the weights comes before the pass
+                self._passes.hold_until(graph, (smooth,))
             total = smooth if total is None else total + smooth
         assert total is not None
         if self._checking:
