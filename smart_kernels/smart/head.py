@@ -58,6 +58,7 @@ class Head:
         module: the head.
 
     Attributes:
+        gates: the modules around the head, and itself, that gather shards; the outermost first.
         calls: those of the clean pass, until it is settled whether the divergence takes the head's part.
     """
 
@@ -65,8 +66,8 @@ class Head:
         self.calls: list[HeadCall] = []
         self._model = bare(model)
         self._module = module
-        # Shards are gathered by hooks of these: whatever is done with the head is done inside of their calls.
-        self._gates = [m for m in gathering(model) if any(part is module for part in m.modules())]
+        # Shards are gathered by hooks: whatever is done with the head is done inside of these modules' calls.
+        self.gates = [m for m in gathering(model) if any(part is module for part in m.modules())]
         self._seen: Logits | None = None
         self._keeps = False
         self._bias: tuple[nn.Module, str] | None = None
@@ -106,7 +107,7 @@ class Head:
         """
         self._seen, self._keeps = None, keeps
         with ExitStack() as stack:
-            for module in [*(m for m in self._gates if m is not self._module), self._module]:
+            for module in [*(m for m in self.gates if m is not self._module), self._module]:
                 forward = self._begin if module is self._module else self._until(module.forward)
                 stack.enter_context(_forward_of(module, forward))
                 stack.callback(module.register_forward_hook(self._leave).remove)
@@ -130,7 +131,7 @@ class Head:
         if self._keeps and any(p.requires_grad for p in self._module.parameters(recurse=False)):
             weight, bias = self.parameters()
             own = tuple(x.detach() for x in (weight, bias) if x is not None)
-            if self._gates:  # what was gathered is freed
+            if self.gates:  # what was gathered is freed
                 own = tuple(x.clone() for x in own)
         self._seen = input, *own
         return input
@@ -153,7 +154,7 @@ class Head:
 
     def inside(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """What a function of tensors gives where the head's parameters are whole."""
-        for module in reversed(self._gates):
+        for module in reversed(self.gates):
             function = _called_with(module, function)
         return function(*tensors)
 

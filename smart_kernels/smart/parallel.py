@@ -88,6 +88,13 @@ def gathering(model: nn.Module) -> list[nn.Module]:
     return [m for m in sharded_modules(model) if isinstance(m, nn.Module)]
 
 
+def gather_before_backward(modules: Sequence[Any], x: Tensor) -> None:
+    """Let a backward pass gather the shards of modules when it comes to a tensor, as it does at what a module gives."""
+    if x.requires_grad:
+        for module in modules:
+            x.register_hook(module._get_fsdp_state()._pre_backward)
+
+
 def reshard(modules: Sequence[FSDPModule]) -> None:
     """Free what was gathered: the parameters are the shards, and the next pass gathers anew."""
     for module in modules:

@@ -18,7 +18,14 @@ from smart_kernels.smart.config import Logits
 from smart_kernels.smart.embedding import EmbeddingCall, EmbeddingHook, perturb
 from smart_kernels.smart.head import Head
 from smart_kernels.smart.masks import SharedMasks
-from smart_kernels.smart.parallel import Reduction, finds_unused, learns_static_graph, sharded_modules, without_reducer
+from smart_kernels.smart.parallel import (
+    Reduction,
+    finds_unused,
+    gather_before_backward,
+    learns_static_graph,
+    sharded_modules,
+    without_reducer,
+)
 from smart_kernels.smart.recording import Recording, Replay
 from smart_kernels.smart.state import Attributes, Generators, States, has_attributes, reachable, set_states
 from smart_kernels.smart.structure import copied
@@ -405,6 +412,7 @@ class Passes:
         if reason is not None:
             return reason
         self._fused = True
+        gather_before_backward(self.head.gates, calls[0].hidden)
         return replace(clean, logits=(calls[0].hidden,))
 
     def _reading_head(self) -> AbstractContextManager[None]:
