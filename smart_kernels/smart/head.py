@@ -188,11 +188,11 @@ class Head:
         """
         module = self._module
         if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
-            return f"its head is a {type(module).__name__}, not a plain torch.nn.Linear"
+            return f"the head is a {type(module).__name__}, not a plain torch.nn.Linear"
         if not isinstance(module._parameters.get("weight"), nn.Parameter):
-            return "its head's weight is no parameter"
+            return "the head's weight is no parameter"
         if call.hidden.shape[:-1] != logits.shape[:-1] or logits.shape != call.output.shape:
-            return f"its logits have shape {tuple(logits.shape)} where its head gives {tuple(call.output.shape)}"
+            return f"the logits have shape {tuple(logits.shape)} where the head gives {tuple(call.output.shape)}"
         reason, cap, temperature, added = self._way(call, logits)
         if reason is not None:
             return reason
@@ -206,7 +206,7 @@ class Head:
                 self._equal.add(key)
                 return None
         self._bias = None
-        return "its head, applied to the hidden states in front of it, does not give its logits"
+        return "the head, applied to the hidden states in front of it, does not give the logits"
 
     def _way(self, call: HeadCall, logits: Tensor) -> tuple[str | None, float | None, float, bool]:
         """The cap, the temperature and whether a constant is added, read from the logits' graph, backwards."""
@@ -215,10 +215,10 @@ class Head:
         node: Any = logits.grad_fn
         place = logits.output_nr
         if node is None:
-            return None if logits is call.output else "its logits have no graph", cap, temperature, added
+            return None if logits is call.output else "the logits have no graph", cap, temperature, added
         while node is not call.node:
             name = type(node).__name__
-            unknown = f"{name.partition('Backward')[0]} comes behind its head", cap, temperature, added
+            unknown = f"{name.partition('Backward')[0]} comes behind the head", cap, temperature, added
             inputs = [following for following in node.next_functions if following[0] is not None]
             factor: Any = getattr(node, "_saved_other", None)
             if name == "_DDPSinkBackward" and len(inputs) > place:
@@ -242,7 +242,7 @@ class Head:
         if cap is not None:
             temperature *= cap
         if not 0 < temperature < float("inf") or not 0 < (1.0 if cap is None else cap) < float("inf"):
-            return f"its logits are scaled by {1 / temperature if temperature else temperature:g}", cap, 1.0, added
+            return f"the logits are scaled by {1 / temperature if temperature else temperature:g}", cap, 1.0, added
         return None, cap, temperature, added
 
     def _constants(self, classes: int) -> Iterator[tuple[nn.Module, str]]:
@@ -287,7 +287,7 @@ class Head:
 class BehindHead(Classes):
     """A divergence of classes, of hidden states in front of a head: a tuple of one tensor (..., H).
 
-    A teacher's tuple has its head's weight, and its bias if any, behind the hidden states. Of hidden states that are
+    A teacher's tuple has the head's weight, and its bias if any, behind the hidden states. Of hidden states that are
     constants, as those of a pass whose graph is gone, the part in the head's gradient is taken with the other pass.
 
     On a CPU only the rows that are counted are projected. On other devices all are, those that are not counted with a
@@ -303,7 +303,7 @@ class BehindHead(Classes):
         super().__init__(like._kind, like._weight, None, like._num_items)
         self._head = head
         self._detach_clean = detach_clean
-        gathered = self._weight is not None and self._weight.is_cpu
+        gathered = self._weight is not None and is_on_host(self._weight)
         self._rows = self._weight.flatten().nonzero().flatten() if self._weight is not None and gathered else None
         self._row_weight = None if gathered or self._weight is None else self._weight.flatten()
 
@@ -372,6 +372,11 @@ class BehindHead(Classes):
 BETA = 0.5
 """The share of the target in "js", as :func:`smart_kernels.divergence` has it."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def is_on_host(x: Tensor) -> bool:
+    """Whether the host knows what is in a tensor without waiting."""
+    return x.is_cpu
 
 
 def find_head(model: nn.Module) -> Head | None:

@@ -374,16 +374,16 @@ class Smart:
         head = self._passes.head
         if head is None:
             return clean, divergence
-        fused: CleanPass | str = "its divergence is none of classes"
+        fused: CleanPass | str = "the divergence is none of classes"
         if type(divergence) is Classes:
             fused = self._passes.fuse(clean)
             if isinstance(fused, CleanPass):
                 return fused, BehindHead(head, divergence, self.config.detach_clean)
         if self.config.fuse_head is True:
-            raise ValueError(_UNFUSED.format(f"of the model, {fused}"))
+            raise ValueError(_UNFUSED.format(fused))
         if not self._told_unfused:
             self._told_unfused = True
-            logger.warning("fuse_head='auto': the passes of SMART store logits, as of the model, %s", fused)
+            logger.warning("fuse_head='auto': the passes of SMART store logits, as %s", fused)
         return clean, divergence
 
     def _find(

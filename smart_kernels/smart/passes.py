@@ -401,13 +401,13 @@ class Passes:
         assert self.head is not None
         calls, self.head.calls = self.head.calls, []
         if self.compiled():
-            return "it is compiled"
+            return "the model is compiled"
         if self._replay is None or self._regraphed:
-            return "it is not known what its logits are made of"
+            return "it is not known what the logits are made of"
         if len(clean.logits) != 1 or len(calls) != 1:
-            return f"its head is called {len(calls)} times in a pass, for {len(clean.logits)} tensors of logits"
+            return f"the head is called {len(calls)} times in a pass, for {len(clean.logits)} tensors of logits"
         if clean.loss.requires_grad and not calls[0].hidden.requires_grad:
-            return "nothing in front of its head is trained"
+            return "nothing in front of the head is trained"
         reason = self.head.settle(calls[0], clean.logits[0])
         if reason is not None:
             return reason
