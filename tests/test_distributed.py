@@ -189,16 +189,19 @@ class Language(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
 
 
+def wrap_language(model: Language, how: str) -> nn.Module:
+    if how.startswith("ddp"):
+        return DistributedDataParallel(model, find_unused_parameters=how == "ddp unused")
+    for one in (model.mix, model.head) if how == "fsdp head" else (model.mix,) if how == "fsdp nested" else ():
+        fully_shard(one)
+    return fully_shard(model, reshard_after_forward=True if how == "fsdp" else None)
+
+
 def language_steps_equal(rank: int, size: int, how: str, options: dict[str, Any]) -> None:
     """Three steps with the head in the divergence, on several processes, against one with logits."""
     model = Language(tied=how != "fsdp head").double()
     alone = copy.deepcopy(model)
-    if how.startswith("ddp"):
-        wrapped: nn.Module = DistributedDataParallel(model, find_unused_parameters=how == "ddp unused")
-    else:
-        for one in (model.mix, model.head) if how == "fsdp head" else (model.mix,) if how == "fsdp nested" else ():
-            fully_shard(one)
-        wrapped = fully_shard(model, reshard_after_forward=True if how == "fsdp" else None)
+    wrapped = wrap_language(model, how)
     config = {**BALL, **options}
     smart = Smart(wrapped, SmartConfig(**config, fuse_head=True), 10)
     smart_alone = Smart(alone, SmartConfig(**config, fuse_head=False), 10)
@@ -286,6 +289,34 @@ def test_gradients_are_sent_once_a_step(world: World, how: str, micro_batches: i
     for options in KINDS.values():
         for sent in world.run(bytes_sent, how, options, micro_batches):
             assert sent == vanilla, (sent, vanilla)
+
+
+def bytes_of_language_sent(rank: int, size: int, how: str, options: dict[str, Any], batches: int) -> list[list[int]]:
+    """Of two steps."""
+    model = wrap_language(Language(tied=how != "fsdp head"), how)
+    smart = Smart(model, SmartConfig(**BALL, **options), 10)
+    words = {name: torch.randint(0, VOCABULARY, (LOCAL, 5)) for name in ("input_ids", "labels")}
+    steps = []
+    with counted(model) as sent:
+        for _ in range(2):
+            for i in range(batches):
+                with accumulating(model, i == batches - 1):
+                    backward(smart, words)
+            steps.append(list(sent))
+            sent.clear()
+            smart.update()
+            model.zero_grad()
+    return steps
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp head"])
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_a_head_in_the_divergence_sends_its_gradient_once_a_step(world: World, how: str) -> None:
+    (vanilla, _) = world.run(bytes_of_language_sent, how, {"lambda_s": 0.0, "mu": 0.0}, 1)
+    ways = {"lambda_s": 0.0}, KINDS["power"], KINDS["predicted, lean"], KINDS["power, lean"], KINDS["task, detached"]
+    for options in ways:
+        for sent in world.run(bytes_of_language_sent, how, options | {"fuse_head": True}, 2):
+            assert sent == vanilla, (options, sent, vanilla)
 
 
 def holds_gradients_back_as_long_as_it_must(rank: int, size: int) -> None:

@@ -381,7 +381,7 @@ class Smart:
                 return fused, BehindHead(head, divergence, self.config.detach_clean)
         if self.config.fuse_head is True:
             raise ValueError(_UNFUSED.format(fused))
-        if not self._told_unfused:
+        if not self._told_unfused and not rank():
             self._told_unfused = True
             logger.warning("fuse_head='auto': the passes of SMART store logits, as %s", fused)
         return clean, divergence

@@ -200,7 +200,8 @@ class Passes:
     ) -> None:
         self.model = model
         self.head = head
-        self._fused = False  # this step's extra passes end in front of the head
+        self.fused = False
+        """Whether this step's extra passes end in front of the head."""
         self.hook = None if embedding is None else EmbeddingHook(embedding)
         self.repeats = False
         """Whether an extra pass runs in place of the clean one, for the user's function to know."""
@@ -284,7 +285,7 @@ class Passes:
                 set_states(self._before if untouched else self._after)
             self._before = self._after = []
             self._batch = self._replay = self._loss_replay = self._seen_from = None
-            self._fused = False
+            self.fused = False
             self._attributes = Attributes(())
             self._masks.clear()
             if self.hook is not None:
@@ -411,7 +412,7 @@ class Passes:
         reason = self.head.settle(calls[0], clean.logits[0])
         if reason is not None:
             return reason
-        self._fused = True
+        self.fused = True
         gather_before_backward(self.head.gates, calls[0].hidden)
         return replace(clean, logits=(calls[0].hidden,))
 
@@ -452,14 +453,10 @@ class Passes:
             self._replaced(clean, outputs, self._replay is None, added),
         ):
             logits = self._run()
-        self.hold_until(clean, logits)
-        return logits
-
-    def hold_until(self, clean: CleanPass, early: Logits) -> None:
-        """Let a backward pass send nothing between these tensors and the clean pass."""
         if not clean.constant:
             # Autograd goes back through the latest pass first.
-            self.reduction.after(early, late=(clean.loss,) if self._regraphed else (clean.loss, *clean.logits))
+            self.reduction.after(logits, late=(clean.loss,) if self._regraphed else (clean.loss, *clean.logits))
+        return logits
 
     def seen(self, clean: CleanPass, deltas: tuple[Tensor, ...]) -> Logits:
         """The logits at embeddings + deltas, as constants; the next perturbed pass is this one again."""
@@ -477,10 +474,10 @@ class Passes:
         """The clean pass once more, the task loss too, in a graph for the weights."""
         assert self._loss_replay is not None
         outputs = [c.output.clone() for c in clean.embeddings]
-        reading = self._reading_head() if self._fused else nullcontext()
+        reading = self._reading_head() if self.fused else nullcontext()
         with self._extra(self._before, pack=True), self._replaced(clean, outputs, False), reading:
             loss, *logits = self._run(replay=self._loss_replay)
-        if self._fused:
+        if self.fused:
             assert self.head is not None
             logits, self.head.calls = [call.hidden for call in self.head.calls], []
         return replace(clean, loss=loss, logits=tuple(logits), constant=False)
@@ -574,7 +571,7 @@ class Passes:
             replay: of what, in place of what is compared.
             head: with the head, where the divergence takes part in it.
         """
-        fused = self.head if self._fused and replay is None else None
+        fused = self.head if self.fused and replay is None else None
         replay = self._replay if replay is None else replay
         values = dict(values or {})
         for name, p in self._changed_parameters:

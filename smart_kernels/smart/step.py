@@ -207,10 +207,12 @@ class Step:
         if perturbed is not None:
             constant = graph is None or self._config.detach_clean
             smooth = self._smooth(perturbed, detached(there.logits) if constant else there.logits)
-            if graph is not None:  # what the divergence itself does with the weights comes before the pass
-                self._passes.hold_until(graph, (smooth,))
             total = smooth if total is None else total + smooth
         assert total is not None
+        if self._passes.fused:  # what a divergence does with the head comes before the passes that it is of
+            self._passes.reduction.after(
+                (total,), late=(perturbed or ()) if graph is None else (graph.loss, *graph.logits)
+            )
         if self._checking:
             smart, known = self._smart, (self._smart._compute_dtype, self._smart._told)
             smart._checked = check_moves(there, self._divergence, self.smoothness, self.deltas, *known)
