@@ -93,13 +93,15 @@ METHODS = (
     Method("SMART, tuned", {}, begin=("D_Breg", "R_s, predicted")),
     Method("smart-pytorch", {"smart_pytorch": 0.02}, (({"smart_pytorch": 0.02}, {"smart_pytorch": 0.2}),)),
 )
-MARGIN = 1.0
-"""Points of development score below plain fine-tuning at which a tuned method is screened out."""
+MARGIN = 0.0
+"""Points of development score by which a method may be behind plain fine-tuning; it is screened out below. What is
+tuned over more settings is favoured by the choice, so that one that is behind even so is unlikely to be ahead."""
 
 CELLS = (
-    *(Cell("trec", size) for size in (100, 300, 50, 1000)),
-    *(Cell("stsb", size) for size in (100, 300, 50, 1000)),
+    *(Cell("trec", size) for size in (100, 50, 300)),
     *(Cell("trec", 100, noise) for noise in (0.3, 0.1)),
+    Cell("trec", 1000),
+    *(Cell("stsb", size) for size in (100, 50, 300, 1000)),
 )
 SCREENED = 100
 """Settings are screened, and the factors below tuned, at this size, and carried on; plain is tuned at each size."""

@@ -39,7 +39,7 @@ from study_plan import (
     tuned,
     tuned_plain,
 )
-from study_run import AVERAGES, CORRUPTED, DEVELOPMENT, Run, passes
+from study_run import AVERAGES, CORRUPTED, DEVELOPMENT, GROUPED, Run, passes
 
 SIGNIFICANT = 0.05
 QUICK = (PLAIN, "plain, averaged", "SMART, paper")
@@ -353,7 +353,8 @@ def verdicts(rows: Sequence[Row], cell: Cell) -> list[str]:
 
 
 PROTOCOL = f"""\
-- **Model and data.** MiniLM-L6-H384 (22.7 M parameters), batches of 16, Adam, linear decay after 10 % warm-up,
+- **Model and data.** MiniLM-L6-H384 (22.7 M parameters), batches of 16 texts, those of like
+  length among {GROUPED} batches together, Adam, linear decay after 10 % warm-up,
   gradients clipped at 1. TREC-6 (six kinds of questions, 1 423 to test on) and STS-B (similarity of two sentences,
   1 379 pairs to test on).
   A seed gives training examples, head, order and dropout masks; all methods share them.
@@ -363,8 +364,8 @@ PROTOCOL = f"""\
   is tuned over {len(NEIGHBOURS)}: plain's, and factors on it of
   {", ".join(f"({rate:g}, {epochs})" for rate, epochs in NEIGHBOURS[1:])}. Settings and factors are carried to the other
   sizes. `study_plan.py` has it in one screen; `pick` is the only place where anything is chosen.
-- **Test.** What is within {MARGIN:g} point of plain on development data goes to the test set, with 10 seeds (5 at 1 000
-  examples). Plain, its average and the paper's SMART go there in any case.
+- **Test.** What is no more than {MARGIN:g} points behind plain on development data goes to the test set,
+  with 10 seeds (5 at 1 000 examples). Plain, its average and the paper's SMART go there in any case.
 - **Statistics.** Differences from plain by seed, with 95 % confidence intervals and p-values of the paired t-test.
   The p-values are corrected by Holm's way for the methods of a table, each measure for itself; the intervals are not. A
   star means p < {SIGNIFICANT}. With wrong labels among the training examples, those of the development set are right.

@@ -34,6 +34,9 @@ DEVELOPMENT = 500
 """Examples that are taken out of the training pool to tune by."""
 
 BATCH, WARM_UP, CLIP = 16, 0.1, 1.0
+GROUPED = 4
+"""Batches among which texts are sorted by their length."""
+
 AVERAGES = (0.1, 0.4)
 """Horizons of the moving averages that plain fine-tuning is tuned with: steps that they remember, over all steps."""
 
@@ -233,9 +236,7 @@ def train(run: Run, corpus: Corpus) -> tuple[dict[float, dict[str, Tensor]], Ten
     terms = torch.zeros(3, dtype=torch.float64)
     step, begin = 0, time.process_time()
     for epoch in range(run.epochs):
-        order = torch.randperm(run.size, generator=torch.Generator().manual_seed(1000 * run.seed + epoch)).tolist()
-        for first in range(0, run.size, run.batch):
-            members = [chosen[i] for i in order[first : first + run.batch]]
+        for members in batches(chosen, corpus.pool.tokens, run.batch, random.Random(1000 * run.seed + epoch)):
             batch = corpus.batch([corpus.pool.tokens[i] for i in members])
             batch = {**batch, "input_ids": place[batch["input_ids"]], "labels": labels[members]}
             if published:
@@ -260,6 +261,17 @@ def train(run: Run, corpus: Corpus) -> tuple[dict[float, dict[str, Tensor]], Ten
     weights = {0.0: {name: p.detach() for name, p in model.named_parameters()}}
     weights |= {kind: average.parameters() for kind, average in (averages | own).items()}
     return weights, rows, facts
+
+
+def batches(
+    chosen: Sequence[int], tokens: Sequence[Mapping[str, list[int]]], size: int, generator: random.Random
+) -> list[list[int]]:
+    """The batches of an epoch, in random order. Within random groups texts of like length meet: less is padded."""
+    order = generator.sample(chosen, len(chosen))
+    groups = [order[first : first + GROUPED * size] for first in range(0, len(order), GROUPED * size)]
+    alike = [i for group in groups for i in sorted(group, key=lambda i: len(tokens[i]["input_ids"]))]
+    found = [alike[first : first + size] for first in range(0, len(alike), size)]
+    return generator.sample(found, len(found))
 
 
 def corpus_rows(corpus: Corpus) -> Tensor:

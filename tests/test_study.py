@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -359,6 +360,22 @@ def test_examples_are_nested_and_as_many_labels_wrong_as_said(corpus: Corpus) ->
     assert set(wrong.tolist()) <= {0, 1, 2}
 
 
+def test_batches_have_each_example_once_and_little_padding() -> None:
+    tokens = [{"input_ids": [1] * random.Random(i).randint(5, 40)} for i in range(300)]
+    chosen = list(range(50, 250))
+    one = study_run.batches(chosen, tokens, 16, random.Random(0))
+    assert sorted(itertools.chain(*one)) == chosen
+    assert sorted(map(len, one)) == [8] + 12 * [16]
+    assert one == study_run.batches(chosen, tokens, 16, random.Random(0))
+    assert one != study_run.batches(chosen, tokens, 16, random.Random(1))
+
+    def padded(batches: list[list[int]]) -> int:
+        return sum(len(batch) * max(len(tokens[i]["input_ids"]) for i in batch) for batch in batches)
+
+    mixed = [chosen[first : first + 16] for first in range(0, 200, 16)]
+    assert padded(one) < 0.8 * padded(mixed)
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("average", [0.0, 0.4])
 def test_a_run_with_the_words_of_its_examples_is_one_with_all(corpus: Corpus, average: float) -> None:
@@ -376,11 +393,8 @@ def test_a_run_with_the_words_of_its_examples_is_one_with_all(corpus: Corpus, av
     nn.init.zeros_(twin.classifier.bias)
     optimizer, losses = torch.optim.Adam(twin.train().parameters(), lr=run.lr), []
     mean = {name: p.detach().clone() for name, p in twin.named_parameters()}
-    for step in range(6):  # two batches, of 16 and of 4, in each of three epochs; none of them warms up
-        epoch, place = divmod(step, 2)
-        if not place:
-            order = torch.randperm(20, generator=torch.Generator().manual_seed(5000 + epoch)).tolist()
-        members = [chosen[i] for i in order[16 * place : 16 * place + 16]]
+    epochs = [study_run.batches(chosen, corpus.pool.tokens, 16, random.Random(5000 + epoch)) for epoch in range(3)]
+    for step, members in enumerate(itertools.chain(*epochs)):  # of 16 and of 4, in some order; none of them warms up
         words = torch.tensor([corpus.pool.tokens[i]["input_ids"] for i in members])
         loss = F.cross_entropy(twin(input_ids=words, attention_mask=torch.ones_like(words)).logits, labels[members])
         losses.append(len(members) / 20 * loss.item())
