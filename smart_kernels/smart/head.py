@@ -133,6 +133,8 @@ class Head:
             own = tuple(x.detach() for x in (weight, bias) if x is not None)
             if self.gates:  # what was gathered is freed
                 own = tuple(x.clone() for x in own)
+        if self.gates and input._base is not None:  # such a module warns of a view that it is to give
+            input = input.clone()
         self._seen = input, *own
         return input
 
