@@ -72,6 +72,12 @@ OURS_STEPS: dict[str, dict[str, Any]] = {
     "predicted, detached, teacher": DETACHED | {"adversary": "predicted"},
 }
 """Our ways, a plan each: what is set."""
+HEAD_STEPS: dict[str, dict[str, Any]] = {
+    name + text: options | {"fuse_head": fuse}
+    for name, options in (("power, teacher", {}), ("power, lean, teacher", LEAN))
+    for text, fuse in ((", no logits", True), (", logits", False))
+}
+"""Ours for a language model: with its head in the divergence, and with logits."""
 OTHERS = ("smart-pytorch", "PyTorch loop", "PyTorch loop, teacher", "PyTorch R3F")
 
 STRENGTH_CLASSES = (2, 3, 6, 10)
@@ -123,6 +129,19 @@ def minilm(device: str) -> tuple[nn.Module, Callable[[], dict[str, Tensor]]]:
         chosen = slice(begin := next(place), begin + BATCH)
         tokens = tokenizer(train.texts[chosen], padding=True, return_tensors="pt")
         return {**tokens.to(device), "labels": torch.tensor(train.labels[chosen], device=device)}
+
+    return model.to(device).train(), batch
+
+
+def gpt2(device: str) -> tuple[nn.Module, Callable[[], dict[str, Tensor]]]:
+    """A GPT-2-like model of 2 layers and 128 features with GPT-2's vocabulary, random; batches of 4 × 128 words."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=128, n_layer=2, n_head=4))
+
+    def batch() -> dict[str, Tensor]:
+        words = torch.randint(0, model.config.vocab_size, (4, 128), device=device)
+        return {"input_ids": words, "attention_mask": torch.ones_like(words), "labels": words.clone()}
 
     return model.to(device).train(), batch
 
@@ -182,8 +201,13 @@ def r3f(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return F.cross_entropy(clean, batch["labels"]) + two_kl(noisy, clean)
 
 
-def peers_of(model: nn.Module) -> list[Peer]:
-    """All ways of training a model, each a full step with AdamW; the model and its optimiser are shared."""
+def peers_of(model: nn.Module, steps: Mapping[str, dict[str, Any]] = OURS_STEPS) -> list[Peer]:
+    """Ways of training a model, each a full step with AdamW; the model and its optimiser are shared.
+
+    Args:
+        model: the model.
+        steps: ours. Beside all of a classifier's stand others' ways.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def step(loss: Callable[[dict[str, Tensor]], Tensor], update: Callable[[], object] = lambda: None) -> Any:
@@ -220,8 +244,8 @@ def peers_of(model: nn.Module) -> list[Peer]:
     )
     return [
         Peer(VANILLA, step(lambda batch: model(**batch).loss)),
-        *(Peer(name, ours(options)) for name, options in OURS_STEPS.items()),
-        *map(Peer, OTHERS, others),
+        *(Peer(name, ours(options)) for name, options in steps.items()),
+        *(map(Peer, OTHERS, others) if steps is OURS_STEPS else ()),
     ]
 
 
@@ -251,6 +275,27 @@ def measure_cost(report: Report, args: argparse.Namespace, progress: Callable[[s
         )
     report.figures["cost"] = {case.label: costs(case) for case in report.cases}
     report.figures["memory"] = {case.label: peaks(case) for case in report.cases}
+
+
+def measure_head(report: Report, args: argparse.Namespace, progress: Callable[[str], object]) -> None:
+    """Fill `report.figures["head"]`: a language model's step, with its head in the divergence and with logits."""
+    try:
+        model, batch = gpt2(args.device)
+    except ImportError as error:
+        report.note(f"The language model is left out: {first_line(error)}")
+        return
+    case = measure(
+        "GPT-2 2×128, 50 257 classes, 4×128 words", peers_of(model, HEAD_STEPS), lambda: (batch(),),
+        baselines=[VANILLA], device=args.device, budget_s=120.0 if args.full else 30.0, min_rounds=5, progress=progress,
+    )  # fmt: skip
+    report.figures["head"] = {"cost": costs(case), "memory": peaks(case)}
+    rows = [
+        [t.name, seconds_text(t.median), quartiles_text(t), f"{costs(case)[t.name]:.2f}", bytes_text(t.peak_bytes),
+         f"{peaks(case)[t.name]:.2f}"]
+        for t in case.timings
+    ]  # fmt: skip
+    columns = [case.label, "median", "quartiles", "vanilla steps", "peak memory", "of vanilla"]
+    report.texts.append(format_table(columns, rows))
 
 
 def costs(case: Case) -> dict[str, float]:
@@ -528,8 +573,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Report("bench_smart", vars(args), args.device)
     runs = 0 if args.skip_strength else len(HEADS) * len(STRENGTH_CLASSES) * args.seeds
     steps = len(args.models) * measure_steps([VANILLA, *OURS_STEPS, *OTHERS])
-    with progress_bar(steps + runs, "bench_smart") as progress:
+    of_head = measure_steps([VANILLA, *HEAD_STEPS])
+    with progress_bar(steps + of_head + runs, "bench_smart") as progress:
         measure_cost(report, args, progress)
+        measure_head(report, args, progress)
         if not args.skip_strength:
             measure_strength(report, args, progress)
     report.texts.insert(0, cost_table(report.cases, report.figures.get("strength")))

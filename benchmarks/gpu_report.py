@@ -182,6 +182,18 @@ def kl_work(rows: int, classes: int, dtype_name: str, way: str) -> Work:
     )  # fmt: skip
 
 
+def rows_work(rows: int, classes: int, kind: str = "symmetric_kl") -> Work:
+    """The rows of a chunk behind a head: b and a - b in, both gradients and their sum in their place."""
+    logits = torch.empty(3, rows, classes)
+    options = True, True, False, list(reference.KINDS).index(kind), 0.5, 1.0
+    return Work(
+        f"linear_divergence, rows of {kind}", f"{rows}×{classes}", "fp32", rows * classes, 2 * 4, 3 * 4,
+        lambda target: gpu_code.ahead_of_time(
+            target, divergence.divergence_rows_, logits, None, torch.empty(1), *options
+        ),
+    )  # fmt: skip
+
+
 def step_work(shape: tuple[int, int, int], dtype_name: str, norm: str, scope: str) -> Work:
     dtype = DTYPES[dtype_name]
     delta, grad, mask = torch.empty(shape), torch.empty(shape, dtype=dtype), torch.ones(shape[:2], dtype=torch.int64)
@@ -257,6 +269,7 @@ def _ema_work(op: str, shadow: str, parameter: str, compile: Callable[[str], lis
 KL_SHAPES = (
     (32, 3), (4096, 3), (512, 128), (4096, 1000), (1024, 8192), (1024, 16384), (256, 30522), (256, 50257), (64, 131072),
 )  # fmt: skip
+ROWS_SHAPES = ((1024, 1000), (1024, 4096), (1024, 16384), (1024, 30522), (1024, 128256))
 EMBEDDINGS = (32, 128, 768)
 
 
@@ -266,6 +279,8 @@ def works(ops: Sequence[str]) -> Iterator[Work]:
         for way in ("both gradients", "one gradient", "loss alone"):
             for dtype in DTYPES:
                 yield from (kl_work(*shape, dtype, way) for shape in KL_SHAPES)
+    if "linear_divergence" in ops:
+        yield from (rows_work(*shape) for shape in ROWS_SHAPES)
     if "perturbation_step" in ops:
         for norm in reference.NORMS:
             for scope in reference.SCOPES:
@@ -278,7 +293,7 @@ def works(ops: Sequence[str]) -> Iterator[Work]:
         yield from (triton_ema_work(shadow, parameter) for shadow, parameter, stochastic in pairs if not stochastic)
 
 
-OPS = ("symmetric_kl", "perturbation_step", "init_perturbation", "ema_update_")
+OPS = ("symmetric_kl", "linear_divergence", "perturbation_step", "init_perturbation", "ema_update_")
 
 
 # ---------------------------------------------------------------------------------------------- the prediction

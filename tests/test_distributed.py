@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.torch_version import TorchVersion as Version
 from torch.utils.checkpoint import checkpoint
@@ -167,6 +168,66 @@ def test_three_steps_are_those_of_one_process(world: World, how: str, kind: str)
     world.run(steps_equal, how, kind)
 
 
+# ------------------------------------------------------------------------------------------ a head without logits
+
+
+class Language(nn.Module):
+    """Predicts words by a head, which may be tied to their embedding."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.words, self.mix = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+        if tied:
+            self.head.weight = self.words.weight
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = 2 * torch.tanh(self.head(torch.tanh(self.mix(self.words(input_ids)))))
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+
+def wrap_language(model: Language, how: str) -> nn.Module:
+    if how.startswith("ddp"):
+        return DistributedDataParallel(model, find_unused_parameters=how == "ddp unused")
+    for one in (model.mix, model.head) if how == "fsdp head" else (model.mix,) if how == "fsdp nested" else ():
+        fully_shard(one)
+    return fully_shard(model, reshard_after_forward=True if how == "fsdp" else None)
+
+
+def language_steps_equal(rank: int, size: int, how: str, options: dict[str, Any]) -> None:
+    """Three steps with the head in the divergence, on several processes, against one with logits."""
+    model = Language(tied=how != "fsdp head").double()
+    alone = copy.deepcopy(model)
+    wrapped = wrap_language(model, how)
+    config = {**BALL, **options}
+    smart = Smart(wrapped, SmartConfig(**config, fuse_head=True), 10)
+    smart_alone = Smart(alone, SmartConfig(**config, fuse_head=False), 10)
+    for step in range(STEPS):
+        g = torch.Generator().manual_seed(step)
+        ids = torch.randint(0, VOCABULARY, (LOCAL * size, 5), generator=g)
+        labels = ids.clone()
+        labels[:, 1 + step] = -100  # as many for each process
+        noise = 0.05 * torch.randn(LOCAL * size, 5, WIDTH, generator=g)
+        chosen = slice(rank * LOCAL, (rank + 1) * LOCAL)
+        batch = {"input_ids": ids[chosen], "labels": labels[chosen]}
+        out = backward(smart, batch, initial_perturbation=noise[chosen])
+        expected = smart_alone({"input_ids": ids, "labels": labels}, initial_perturbation=noise)
+        expected.loss.backward()
+        assert out.smoothness > 0
+        assert (out.proximal > 0) == (step > 0)
+        check_step(wrapped, smart, alone, smart_alone)
+
+
+@pytest.mark.parametrize("how", ["ddp", "ddp unused", "fsdp", "fsdp nested", "fsdp head"])
+@pytest.mark.parametrize("kind", ["power", "predicted, lean", "task, detached"])
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_a_head_in_the_divergence_is_that_of_one_process(world: World, how: str, kind: str) -> None:
+    world.run(language_steps_equal, how, KINDS[kind])
+
+
 # ---------------------------------------------------------------------------------- what is sent, and how often
 
 
@@ -228,6 +289,34 @@ def test_gradients_are_sent_once_a_step(world: World, how: str, micro_batches: i
     for options in KINDS.values():
         for sent in world.run(bytes_sent, how, options, micro_batches):
             assert sent == vanilla, (sent, vanilla)
+
+
+def bytes_of_language_sent(rank: int, size: int, how: str, options: dict[str, Any], batches: int) -> list[list[int]]:
+    """Of two steps."""
+    model = wrap_language(Language(tied=how != "fsdp head"), how)
+    smart = Smart(model, SmartConfig(**BALL, **options), 10)
+    words = {name: torch.randint(0, VOCABULARY, (LOCAL, 5)) for name in ("input_ids", "labels")}
+    steps = []
+    with counted(model) as sent:
+        for _ in range(2):
+            for i in range(batches):
+                with accumulating(model, i == batches - 1):
+                    backward(smart, words)
+            steps.append(list(sent))
+            sent.clear()
+            smart.update()
+            model.zero_grad()
+    return steps
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp head"])
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_a_head_in_the_divergence_sends_its_gradient_once_a_step(world: World, how: str) -> None:
+    (vanilla, _) = world.run(bytes_of_language_sent, how, {"lambda_s": 0.0, "mu": 0.0}, 1)
+    ways = {"lambda_s": 0.0}, KINDS["power"], KINDS["predicted, lean"], KINDS["power, lean"], KINDS["task, detached"]
+    for options in ways:
+        for sent in world.run(bytes_of_language_sent, how, options | {"fuse_head": True}, 2):
+            assert sent == vanilla, (options, sent, vanilla)
 
 
 def holds_gradients_back_as_long_as_it_must(rank: int, size: int) -> None:

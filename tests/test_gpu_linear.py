@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from gpu_evidence import executed, ptxrun
 
 from gpu_code import TARGETS, ahead_of_time
+from gpu_report import predict, rows_work
 from smart_kernels import reference
 from smart_kernels.triton_kernels import divergence as launchers
 from smart_kernels.triton_kernels import tiles
@@ -58,3 +59,12 @@ def test_no_spills(target: str, cols: int, kind: str) -> None:
     options = True, True, False, KINDS.index(kind), 0.5, 1.0
     (code,) = ahead_of_time(target, launchers.divergence_rows_, rows, None, torch.empty(1), *options)
     assert code.spills == code.scratch == 0
+
+
+@pytest.mark.parametrize(("cols", "kind"), [(1000, "symmetric_kl"), (16384, "symmetric_kl"), (16384, "js")])
+def test_bytes_are_the_least(cols: int, kind: str) -> None:
+    """Of memory: what a program reads again of its row is in the card's cache still, beside all rows at work."""
+    (row,) = predict(rows_work(1024, cols, kind), "sm_90")
+    assert row.spills == 0
+    assert row.from_memory <= 1.05 * row.minimum
+    assert row.load_bytes[0] == row.store_bytes[0] == 16

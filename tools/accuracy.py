@@ -118,6 +118,36 @@ def of_symmetric_kl(backend: str) -> Iterator[Figure]:
             yield f"`symmetric_kl_grad`, {of_gradient}", name, max(one_off)
 
 
+def of_linear_divergence(backend: str) -> Iterator[Figure]:
+    """Loss, and in their norm its gradients at hidden states and head, relative; hidden states a share of their size
+    apart."""
+    from oracle import LinearDivergence, wide
+
+    from smart_kernels import linear_divergence
+
+    for dtype, name in NAMES.items():
+        loss_off, hidden_off, head_off = [], [], []
+        for cols, distance in itertools.product((3, 200, 1000), (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0)):
+            if distance < torch.finfo(dtype).eps:
+                continue  # no number of the dtype lies there
+            b = torch.randn(5, 48, dtype=torch.float64)
+            a, b = (x.to(dtype).requires_grad_() for x in (b + distance * torch.randn_like(b), b))
+            head = (torch.randn(cols, 48, dtype=torch.float64) / 5).to(dtype).requires_grad_()
+            truth = LinearDivergence(a, b, head, torch.zeros(cols, dtype=dtype))
+            if backend == "usual":
+                loss = two_kl(a @ head.t(), b @ head.t(), "none")
+            else:
+                loss = linear_divergence(a, b, head, reduction="none")
+            grads = torch.autograd.grad(loss.sum(), (a, b, head))
+            loss_off.append(worst(wide(loss) - truth.loss, truth.loss))
+            of_a, of_b, of_head = (wide(g) - exact for g, exact in zip(grads, truth.grads, strict=False))
+            hidden_off += [worst(norm(e), norm(exact)) for e, exact in zip((of_a, of_b), truth.grads, strict=False)]
+            head_off.append(worst(norm(of_head.ravel()), norm(truth.grads[2].ravel())))
+        yield "`linear_divergence`, relative", name, max(loss_off)
+        yield "its gradients at the hidden states, relative", name, max(hidden_off)
+        yield "its gradient at the head, relative", name, max(head_off)
+
+
 def plain_step(delta: Any, grad: Any, step_size: float, epsilon: float, norm: str, scope: str) -> torch.Tensor:
     dims = -1 if scope == "token" else tuple(range(1, delta.dim()))
     order = float("inf") if norm == "linf" else 2
@@ -191,7 +221,7 @@ def of_ema_update(backend: str) -> Iterator[Figure]:
 
 
 MEASUREMENTS: tuple[Callable[[str], Iterator[Figure]], ...] = (
-    of_symmetric_kl, of_perturbation_step, of_init_perturbation, of_ema_update,
+    of_symmetric_kl, of_linear_divergence, of_perturbation_step, of_init_perturbation, of_ema_update,
 )  # fmt: skip
 
 

@@ -17,6 +17,9 @@ from smart_kernels.ops.divergence import FLOATING, KIND, REDUCTION, check_kind, 
 CPU_BUDGET, GPU_BUDGET = 96 << 20, 1 << 30
 """Bytes that the logits of a chunk of rows take by default, with all that stands beside them."""
 
+SIDE = 2
+"""In the op, that the side of the target is constant, its head too; 1: that its distribution is, 0: that nothing is."""
+
 
 def linear_divergence(
     input: Tensor,
@@ -98,7 +101,16 @@ def linear_divergence(
     heads: tuple[Tensor | None, ...] = _check(input, target, linear_weight, bias, target_linear_weight, target_bias)
     weight = check_weight(weight, input)
     softcap = _check_numbers(softcap, chunk_size)
-    if detach_targets and kind != "symmetric_kl":
+    detached = SIDE if detach_targets and kind != "symmetric_kl" else int(detach_targets)
+    options = REDUCTION[reduction], detached, KIND[kind], float(beta), float(temperature), softcap, chunk_size
+    return of_checked(input, target, heads, weight, options)
+
+
+def of_checked(
+    input: Tensor, target: Tensor, heads: tuple[Tensor | None, ...], weight: Tensor | None, options: tuple[Any, ...]
+) -> Tensor:
+    """What :func:`linear_divergence` is of, as the op takes it; the side of the target may be constant for any kind."""
+    if options[1] == SIDE:
         target = target.detach()
         heads = *heads[:2], *(None if x is None else x.detach() for x in heads[2:])
     device = input.device.type
@@ -107,11 +119,11 @@ def linear_divergence(
         # As in any linear layer; the hidden states' difference keeps its digits. A CPU's products are float32's anyhow.
         heads = tuple(x.bfloat16() if x is not None and x.dtype == torch.float32 else x for x in heads)
     tensors = input, target, *heads, weight
-    options = REDUCTION[reduction], detach_targets, KIND[kind], float(beta), float(temperature), softcap, chunk_size
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if not torch.compiler.is_compiling() and (differentiable or forward_ad._current_level >= 0):
         return _Differentiable.apply(*tensors, *options)  # type: ignore[no-any-return, no-untyped-call]
-    wanted = [differentiable and reduction != "none" and x is not None and x.requires_grad for x in tensors[:6]]
+    reduced = REDUCTION["none"] != options[0]
+    wanted = [differentiable and reduced and x is not None and x.requires_grad for x in tensors[:6]]
     return _op(*tensors, None, wanted, *options)[0]  # type: ignore[no-any-return]
 
 
@@ -330,7 +342,7 @@ def _in_chunks(
     upstream: Tensor | None,
     wanted: list[bool],
     reduction: int,
-    detach_targets: bool,
+    detached: int,
     kind: int,
     beta: float,
     temperature: float,
@@ -350,10 +362,10 @@ def _in_chunks(
         w_b = w_a if shared else heads[1].to(factor_dtype)
         if shared:
             target_bias = bias
-        constant = detach_targets and list(reference.KINDS)[kind] != "symmetric_kl"  # the target side
+        constant = detached == SIDE
         of_heads = wanted[2] or wanted[3]
         # Their sum is 0 where only the sides' own distributions move: but for the slopes of a cap.
-        opposed = detach_targets and not constant
+        opposed = detached == 1
         parts = 3 if shared and of_heads and not constant and not (opposed and softcap is None) else 2
         size = chunk_size
         if size is None:
@@ -465,7 +477,7 @@ def _fake(
     upstream: Tensor | None,
     wanted: list[bool],
     reduction: int,
-    detach_targets: bool,
+    detached: int,
     kind: int,
     beta: float,
     temperature: float,
@@ -505,7 +517,7 @@ _rows = define(
 changes_arguments(_rows, "divergence_rows_")
 _op = define(
     "linear_divergence(Tensor input, Tensor target, Tensor linear_weight, Tensor? bias, Tensor? target_linear_weight, "
-    "Tensor? target_bias, Tensor? weight, Tensor? upstream, bool[] wanted, int reduction, bool detach_targets, "
+    "Tensor? target_bias, Tensor? weight, Tensor? upstream, bool[] wanted, int reduction, int detached, "
     "int kind, float beta, float temperature, float? softcap, int? chunk_size) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_in_chunks,

@@ -89,7 +89,7 @@ def check_moves(
 
     Args:
         clean: the clean pass.
-        divergence: what counts.
+        divergence: what counts in what is compared.
         smoothness: R_s at the perturbation.
         deltas: the perturbation, None where there is none.
         compute_dtype: what the layers behind the embeddings compute in.
@@ -99,7 +99,7 @@ def check_moves(
         return True  # what has no noise or no radius was warned of
     if float(smoothness.detach()) != 0:
         return True
-    if not float(divergence.count(clean.logits)) or all(bool((x == x.flatten()[:1]).all()) for x in clean.logits):
+    if not float(divergence.count(clean.logits)) or all(bool((x == x.flatten()[:1]).all()) for x in clean.given):
         return False
     moved = max(float(d.abs().max()) for d in deltas)
     does = f"R_s is 0 with a perturbation of the embeddings of up to {moved:.3g}, so the smoothness term does nothing"

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -83,6 +83,11 @@ class SmartConfig:
         memory: how :meth:`smart_kernels.Smart.backward` orders its passes where gradients flow into the clean pass:
             "fast", both graphs at a time and one backward pass; "lean", one graph at a time, for one more forward
             pass. Without effect with ``detach_clean=True``, where it is one graph at a time in any case.
+        fuse_head: whether, for a model with an output embedding (causal, masked, seq2seq), the extra passes end in
+            front of it and :func:`smart_kernels.linear_divergence` takes its part, so that no logits but the model's
+            own for the task loss are formed. "auto": where the head, a plain linear layer, is found to give the logits,
+            up to a bias, a scale and a cap that the model applies to what it gives; where not, one line in the log
+            says why. True: an error says why. False: logits are compared.
         check: at the first step, see that the terms are connected (:meth:`smart_kernels.Smart.check`), for a few
             forward passes, once; training stops where one is not.
 
@@ -114,6 +119,7 @@ class SmartConfig:
     dropout: str = "shared"
     detach_clean: bool = False
     memory: str = "fast"
+    fuse_head: Literal["auto", True, False] = "auto"
     check: bool = True
 
     def __post_init__(self) -> None:
@@ -135,6 +141,8 @@ class SmartConfig:
             if value not in choices and not (name == "divergence" and callable(value)):
                 expected = ", ".join(map(repr, choices)) + (" or a callable" if name == "divergence" else "")
                 raise ValueError(f"{name}: got {value!r}, expected one of {expected}")
+        if self.fuse_head != "auto" and not isinstance(self.fuse_head, bool):
+            raise ValueError(f"fuse_head: got {self.fuse_head!r}, expected 'auto', True or False")
         for name in ("detach_clean", "check"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {type(getattr(self, name)).__name__}, expected bool")

@@ -47,7 +47,7 @@ def find_embedding(model: nn.Module, embedding: nn.Module | str | None = None) -
         return embedding
     if embedding is not None:
         raise TypeError(f"embedding: got {type(embedding).__name__}, expected a module, its name or None")
-    found = {id(m): m for part in _outermost_having(model, "get_input_embeddings") for m in _input_embeddings(part)}
+    found = {id(m): m for part in outermost_having(model, "get_input_embeddings") for m in _input_embeddings(part)}
     if not found:
         found = {id(m): m for m in model.modules() if isinstance(m, nn.Embedding)}
     if None in found.values() or len(found) != 1:
@@ -63,12 +63,13 @@ def first_having(model: nn.Module, name: str) -> nn.Module | None:
     return next((module for module in model.modules() if hasattr(module, name)), None)
 
 
-def _outermost_having(module: nn.Module, name: str) -> Iterator[nn.Module]:
+def outermost_having(module: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The module, or its outermost parts, that have an attribute of this name."""
     if hasattr(module, name):
         yield module
     else:
         for child in module.children():
-            yield from _outermost_having(child, name)
+            yield from outermost_having(child, name)
 
 
 def _input_embeddings(part: Any) -> list[nn.Module | None]:

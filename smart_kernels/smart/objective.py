@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -17,10 +18,11 @@ from smart_kernels.ops.perturbation import check_mask, init_perturbation
 from smart_kernels.smart.adversary import Deltas, find_perturbation
 from smart_kernels.smart.check import check_connected, check_moves, check_zero
 from smart_kernels.smart.config import AT_CLEAN, SmartConfig
-from smart_kernels.smart.divergence import Divergence, choose_divergence
+from smart_kernels.smart.divergence import Classes, Divergence, choose_divergence
 from smart_kernels.smart.effect import Effect
 from smart_kernels.smart.embedding import EmbeddingCall, find_embedding, warn_if_unresolved
 from smart_kernels.smart.gradients import like, without_autocast
+from smart_kernels.smart.head import BehindHead, find_head
 from smart_kernels.smart.parallel import bare, check_supported, rank
 from smart_kernels.smart.passes import CleanPass, Forward, Passes, detached, run_model
 from smart_kernels.smart.positions import Layout, Positions
@@ -28,6 +30,8 @@ from smart_kernels.smart.state import Generators, set_states
 from smart_kernels.smart.step import Options, Step
 from smart_kernels.smart.structure import copied
 from smart_kernels.smart.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 Scale = float | Tensor | torch.amp.GradScaler
 """What a loss is multiplied by."""
@@ -147,7 +151,10 @@ class Smart:
         module = find_embedding(model, embedding) if config.lambda_s else None
         self.teacher = Teacher(model) if config.mu and config.proximal != "none" else None
         self._alone = module is None and self.teacher is None
-        self._passes = Passes(model, forward, module, config.dropout, self._alone, self.teacher is not None)
+        head = find_head(model) if config.fuse_head and not self._alone else None
+        if config.fuse_head is True and head is None and not self._alone:
+            raise ValueError(_UNFUSED.format("the model has no, or more than one, get_output_embeddings()"))
+        self._passes = Passes(model, forward, module, config.dropout, self._alone, self.teacher is not None, head)
         self._layout = Layout(model, None if mask is attention_mask else mask)
         # what a sample is matters to norms alone
         signs = config.adversary in AT_CLEAN and config.norm == "linf"
@@ -156,6 +163,7 @@ class Smart:
         self._checked = False
         self._warned = False
         self._told = False  # of a radius that a dtype does not resolve
+        self._told_unfused = False
         self.steps = 0
         device = next((p.device for m in (module, model) if m is not None for p in m.parameters()), torch.device("cpu"))
         # Something added to the seed, lest the noise repeat what initialised the weights, or another process's.
@@ -303,8 +311,8 @@ class Smart:
         try:
             with passes.step(untouched=True), torch.enable_grad():
                 clean = passes.clean(batch, differentiable=config.adversary in AT_CLEAN)
-                divergence = self._divergence(clean, None)
                 check_connected(clean.loss.requires_grad, clean.logits)
+                clean, divergence = self._compare(clean, None)
                 report = check_zero(passes, clean, divergence, config, self.teacher)
                 if clean.embeddings:
                     deltas = self._find(clean, divergence)
@@ -357,11 +365,26 @@ class Smart:
     def _compute_dtype(self) -> torch.dtype:
         return torch.float32 if self._passes.hook is None else self._passes.hook.compute_dtype
 
-    def _divergence(self, clean: CleanPass, num_items: float | Tensor | None) -> Divergence:
+    def _compare(self, clean: CleanPass, num_items: float | Tensor | None) -> tuple[CleanPass, Divergence]:
+        """The clean pass with what is compared, logits or hidden states in front of the head, and the divergence."""
         num_items = _check_num_items(num_items, clean.logits[0])
         model = bare(self._passes.model)
         chosen = self.config.divergence, clean.logits, clean.batch, model, num_items, clean.called
-        return choose_divergence(*chosen)
+        divergence = choose_divergence(*chosen)
+        head = self._passes.head
+        if head is None:
+            return clean, divergence
+        fused: CleanPass | str = "the divergence is none of classes"
+        if type(divergence) is Classes:
+            fused = self._passes.fuse(clean)
+            if isinstance(fused, CleanPass):
+                return fused, BehindHead(head, divergence, self.config.detach_clean)
+        if self.config.fuse_head is True:
+            raise ValueError(_UNFUSED.format(fused))
+        if not self._told_unfused and not rank():
+            self._told_unfused = True
+            logger.warning("fuse_head='auto': the passes of SMART store logits, as %s", fused)
+        return clean, divergence
 
     def _find(
         self,
@@ -494,6 +517,9 @@ class Smart:
                 f"initial_perturbation: got {len(given)}, expected {len(calls)} tensors, one for each call"
             )
         return tuple(_initial(x, c.output, p) for x, c, p in zip(given, calls, positions, strict=True))
+
+
+_UNFUSED = "fuse_head: got True, but {}; expected 'auto' or False, or a model whose logits come from a linear head"
 
 
 def _initial(initial: Any, embeds: Tensor, positions: Positions) -> Tensor:

@@ -83,6 +83,18 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)] if fsdp else []
 
 
+def gathering(model: nn.Module) -> list[nn.Module]:
+    """The same as modules, the outermost first."""
+    return [m for m in sharded_modules(model) if isinstance(m, nn.Module)]
+
+
+def gather_before_backward(modules: Sequence[Any], x: Tensor) -> None:
+    """Let a backward pass gather the shards of modules when it comes to a tensor, as it does at what a module gives."""
+    if x.requires_grad:
+        for module in modules:
+            x.register_hook(module._get_fsdp_state()._pre_backward)
+
+
 def reshard(modules: Sequence[FSDPModule]) -> None:
     """Free what was gathered: the parameters are the shards, and the next pass gathers anew."""
     for module in modules:

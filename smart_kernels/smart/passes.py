@@ -16,8 +16,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from smart_kernels.smart.config import Logits
 from smart_kernels.smart.embedding import EmbeddingCall, EmbeddingHook, perturb
+from smart_kernels.smart.head import Head
 from smart_kernels.smart.masks import SharedMasks
-from smart_kernels.smart.parallel import Reduction, finds_unused, learns_static_graph, sharded_modules, without_reducer
+from smart_kernels.smart.parallel import (
+    Reduction,
+    finds_unused,
+    gather_before_backward,
+    learns_static_graph,
+    sharded_modules,
+    without_reducer,
+)
 from smart_kernels.smart.recording import Recording, Replay
 from smart_kernels.smart.state import Attributes, Generators, States, has_attributes, reachable, set_states
 from smart_kernels.smart.structure import copied
@@ -111,7 +119,9 @@ class CleanPass:
 
     Attributes:
         loss: the task loss.
-        logits: what is compared, in its graph.
+        logits: what is compared, in its graph: logits, or the hidden states in front of a head that the divergence
+            takes part in.
+        given: the model's logits, constants.
         embeddings: the calls of the module to perturb that the logits come from; none where no pass perturbs.
         batch: the batch as the pass found it.
         arguments: by call of the module, the named arguments of the model's call that it happened in.
@@ -124,6 +134,7 @@ class CleanPass:
 
     loss: Tensor
     logits: Logits
+    given: Logits
     embeddings: tuple[EmbeddingCall, ...]
     batch: Any
     arguments: tuple[Mapping[str, Any], ...]
@@ -174,6 +185,7 @@ class Passes:
         dropout: "shared", "independent" or "off", as in :class:`~smart_kernels.SmartConfig`.
         alone: whether there is no pass but the clean one.
         taught: whether there are passes with a teacher's weights.
+        head: the model's head, to end extra passes in front of; None where it is not asked for.
     """
 
     def __init__(
@@ -184,8 +196,12 @@ class Passes:
         dropout: str,
         alone: bool = False,
         taught: bool = True,
+        head: Head | None = None,
     ) -> None:
         self.model = model
+        self.head = head
+        self.fused = False
+        """Whether this step's extra passes end in front of the head."""
         self.hook = None if embedding is None else EmbeddingHook(embedding)
         self.repeats = False
         """Whether an extra pass runs in place of the clean one, for the user's function to know."""
@@ -269,10 +285,13 @@ class Passes:
                 set_states(self._before if untouched else self._after)
             self._before = self._after = []
             self._batch = self._replay = self._loss_replay = self._seen_from = None
+            self.fused = False
             self._attributes = Attributes(())
             self._masks.clear()
             if self.hook is not None:
                 self.hook.forget()
+            if self.head is not None:
+                self.head.calls = []
 
     @contextmanager
     def trial(self) -> Iterator[None]:
@@ -320,7 +339,8 @@ class Passes:
         """
         if self._alone:
             loss, logits = self._user(self.model, batch)
-            return CleanPass(loss, () if logits is None else _as_logits(logits), (), batch, ())
+            logits = () if logits is None else _as_logits(logits)
+            return CleanPass(loss, logits, detached(logits), (), batch, ())
         self._batch, _ = copied(batch)
         objects, dicts = reachable(self._forward)
         self._attributes = Attributes((*self._changeable, *objects), dicts, self._changing)
@@ -338,7 +358,7 @@ class Passes:
         recording = Recording(self.model, self._modules, self._ids, self._entries, self._generators, count)
         try:
             reading = nullcontext() if hook is None else hook.read(**how)
-            with reading, self._sharing(), recording:
+            with reading, self._reading_head(), self._sharing(), recording:
                 loss, logits = self._user(self.model, batch)
         finally:
             self._after = self._generators.states()
@@ -374,7 +394,30 @@ class Passes:
             self.reduction.after(logits, late=(loss,))
         arguments = tuple({} if self._replay is None else self._replay.arguments(i) for i in places)
         cuts = () if hook is None else tuple(hook.cuts)
-        return CleanPass(loss, logits, calls, self._batch, arguments, places, self._regraphed, called, cuts)
+        given = detached(logits)
+        return CleanPass(loss, logits, given, calls, self._batch, arguments, places, self._regraphed, called, cuts)
+
+    def fuse(self, clean: CleanPass) -> CleanPass | str:
+        """The clean pass with hidden states in place of logits, for extra passes of the like; or why not."""
+        assert self.head is not None
+        calls, self.head.calls = self.head.calls, []
+        if self.compiled():
+            return "the model is compiled"
+        if self._replay is None or self._regraphed:
+            return "it is not known what the logits are made of"
+        if len(clean.logits) != 1 or len(calls) != 1:
+            return f"the head is called {len(calls)} times in a pass, for {len(clean.logits)} tensors of logits"
+        if clean.loss.requires_grad and not calls[0].hidden.requires_grad:
+            return "nothing in front of the head is trained"
+        reason = self.head.settle(calls[0], clean.logits[0])
+        if reason is not None:
+            return reason
+        self.fused = True
+        gather_before_backward(self.head.gates, calls[0].hidden)
+        return replace(clean, logits=(calls[0].hidden,))
+
+    def _reading_head(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.head is None or self.compiled() else self.head.read()
 
     def _user(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         """The user's function: a loss and logits, or a loss alone."""
@@ -431,8 +474,12 @@ class Passes:
         """The clean pass once more, the task loss too, in a graph for the weights."""
         assert self._loss_replay is not None
         outputs = [c.output.clone() for c in clean.embeddings]
-        with self._extra(self._before, pack=True), self._replaced(clean, outputs, False):
+        reading = self._reading_head() if self.fused else nullcontext()
+        with self._extra(self._before, pack=True), self._replaced(clean, outputs, False), reading:
             loss, *logits = self._run(replay=self._loss_replay)
+        if self.fused:
+            assert self.head is not None
+            logits, self.head.calls = [call.hidden for call in self.head.calls], []
         return replace(clean, loss=loss, logits=tuple(logits), constant=False)
 
     def _constants(self) -> Logits:
@@ -496,7 +543,7 @@ class Passes:
         swapped = nullcontext() if teacher is None else teacher.weights()
         if self._sharded:  # whose hooks would wait for the backward pass
             with self._extra(), torch.no_grad(), swapped:
-                return self._run()
+                return self._run(head=teacher is not None)
         # a compiled model asks whether casts are kept; `weights()` forgets them
         with self._extra(), _nothing_saved(casts_kept=self.compiled()):
             if self.compiled():  # the same parameters, and the same hook, so the same graph
@@ -507,18 +554,24 @@ class Passes:
             values = {
                 n: (v.detach().clone() if n in changed else v.detach()).requires_grad_() for n, v in values.items()
             }
-            return detached(self._run(values))
+            return detached(self._run(values, head=teacher is not None))
 
     def _run(
-        self, values: Mapping[str, Tensor] | None = None, grad: bool = False, replay: Replay | None = None
+        self,
+        values: Mapping[str, Tensor] | None = None,
+        grad: bool = False,
+        replay: Replay | None = None,
+        head: bool = False,
     ) -> Logits:
-        """The logits, by what was recorded or by the user's function.
+        """What is compared, by what was recorded or by the user's function.
 
         Args:
             values: by name, tensors in the place of parameters.
             grad: with a graph also where the clean pass made none.
-            replay: of what, in place of the logits.
+            replay: of what, in place of what is compared.
+            head: with the head, where the divergence takes part in it.
         """
+        fused = self.head if self.fused and replay is None else None
         replay = self._replay if replay is None else replay
         values = dict(values or {})
         for name, p in self._changed_parameters:
@@ -529,6 +582,10 @@ class Passes:
         def function() -> Logits:
             if replay is None:
                 return self._whole()[1]
+            if fused is not None:
+                with fused.stopped(head):
+                    replay(grad, by_id)
+                return fused.seen
             logits: Logits = replay(grad or self._regraphed, by_id)
             return logits
 

@@ -113,12 +113,11 @@ class Step:
         self._trains = graph.loss.requires_grad
         if self._checking:
             check_connected(self._trains, graph.logits)
-        clean = graph.detached()
-        self.task_loss, self.logits = clean.loss, clean.logits
+        self.task_loss, self.logits = graph.loss.detach(), graph.given
         self.smoothness = self.proximal = self.task_loss.new_zeros(())
         if not self._smart.alone:
-            self._divergence = self._smart._divergence(clean, self._options.num_items)
-        return graph, clean
+            graph, self._divergence = self._smart._compare(graph, self._options.num_items)
+        return graph, graph.detached()
 
     def taught(self, clean: CleanPass) -> Logits:
         """With the teacher's weights."""
@@ -210,6 +209,10 @@ class Step:
             smooth = self._smooth(perturbed, detached(there.logits) if constant else there.logits)
             total = smooth if total is None else total + smooth
         assert total is not None
+        if self._passes.fused:  # what a divergence does with the head comes before the passes that it is of
+            self._passes.reduction.after(
+                (total,), late=(perturbed or ()) if graph is None else (graph.loss, *graph.logits)
+            )
         if self._checking:
             smart, known = self._smart, (self._smart._compute_dtype, self._smart._told)
             smart._checked = check_moves(there, self._divergence, self.smoothness, self.deltas, *known)
