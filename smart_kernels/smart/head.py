@@ -384,9 +384,10 @@ def is_on_host(x: Tensor) -> bool:
 def find_head(model: nn.Module) -> Head | None:
     """The head of a model, or of its only part that has one; None where there is none."""
     found: dict[int, nn.Module] = {}
+    part: Any
     for part in outermost_having(bare(model), "get_output_embeddings"):
         try:
-            module: Any = part.get_output_embeddings()  # type: ignore[operator]
+            module = part.get_output_embeddings()
         except (AttributeError, NotImplementedError):  # a library's way of saying that there is none
             continue
         if isinstance(module, nn.Module):
@@ -417,6 +418,7 @@ def _called_with(module: nn.Module, function: Callable[..., Tensor]) -> Callable
 
     def call(*tensors: Tensor) -> Tensor:
         with _forward_of(module, function):
-            return module(*tensors)  # type: ignore[no-any-return]
+            result: Tensor = module(*tensors)
+        return result
 
     return call
