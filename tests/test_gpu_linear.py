@@ -53,7 +53,9 @@ def test_executed(monkeypatch: pytest.MonkeyPatch, cols: int, kind: str, program
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("cols", "kind"), [(50257, "symmetric_kl"), (50257, "js"), (1024, "symmetric_kl")])
+@pytest.mark.parametrize(("cols", "kind"), [
+    (50257, "symmetric_kl"), (50257, "js"), (1024, "symmetric_kl"), (2048, "total_variation"), (8192, "js"),
+])  # fmt: skip
 def test_no_spills(target: str, cols: int, kind: str) -> None:
     rows = torch.empty(3, 256, cols)
     options = True, True, False, KINDS.index(kind), 0.5, 1.0

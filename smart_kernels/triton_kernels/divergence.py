@@ -513,7 +513,8 @@ def _launch_into(
     symmetric = name == "symmetric_kl" and not given
     odd = align == 1 and (symmetric or given)
     variant = ", fp64" if input.dtype == torch.float64 else ", odd" if odd else ""
-    tile = tiles.choose(f"{name if symmetric else 'other kinds'}{variant}", n_cols)
+    table = "differences" if given else name if symmetric else "other kinds"
+    tile = tiles.choose(f"{table}{variant}", n_cols)
     blocks = triton.cdiv(n_cols, tile.columns)
     splits = min(triton.next_power_of_2(triton.cdiv(tiles.PROGRAMS, n_rows)), triton.next_power_of_2(blocks))
     if 2 * n_rows > tiles.PROGRAMS or blocks == 1:

@@ -48,6 +48,14 @@ _OTHER_KINDS = {
     2048: Tile(1, 2048, 8),
     math.inf: Tile(1, 4096, 16),
 }
+# Of given differences, which are written thrice: with 8 elements a thread, compilers spilled 8 bytes of some to have
+# them fit into 64 registers; where the longest are read again, fewer warps would have more rows at work than fit in L2.
+_DIFFERENCES = {
+    **{columns: tile for columns, tile in _OTHER_KINDS.items() if columns < 2048},
+    8192: Tile(1, 1024, 8),
+    16384: Tile(1, 2048, 16),
+    math.inf: Tile(1, 4096, 16),
+}
 _OTHER_KINDS_FP64 = {
     **{columns: Tile(min(32, max(1, 128 // columns)), columns, max(1, columns // 128)) for columns in (4, 8, *_POWERS)},
     math.inf: Tile(1, 2048, 16),
@@ -89,8 +97,10 @@ TILES: dict[str, dict[float, Tile]] = {
     "symmetric_kl, odd": _SYMMETRIC_KL | {math.inf: Tile(1, 4096, 8)},
     "symmetric_kl, fp64": _SYMMETRIC_KL_FP64,
     "other kinds": _OTHER_KINDS,
-    "other kinds, odd": _OTHER_KINDS | {math.inf: Tile(1, 2048, 8)},  # of given differences, which are written thrice
     "other kinds, fp64": _OTHER_KINDS_FP64,
+    "differences": _DIFFERENCES,
+    "differences, odd": _DIFFERENCES | {math.inf: Tile(1, 2048, 8)},
+    "differences, fp64": _OTHER_KINDS_FP64,
     "perturbation_step": _PERTURBATION_STEP,
     "perturbation_step, fp64": _PERTURBATION_STEP_FP64,
     "init_perturbation": {math.inf: Tile(1, 1024, 4)},
