@@ -87,7 +87,8 @@ class SmartConfig:
             front of it and :func:`smart_kernels.linear_divergence` takes its part, so that no logits but the model's
             own for the task loss are formed. "auto": where the head, a plain linear layer, is found to give the logits,
             up to a bias, a scale and a cap that the model applies to what it gives; where not, one line in the log
-            says why. True: an error says why. False: logits are compared.
+            says why. True: an error says why, and :meth:`smart_kernels.Smart.backward` keeps no logits to return.
+            False: logits are compared.
         check: at the first step, see that the terms are connected (:meth:`smart_kernels.Smart.check`), for a few
             forward passes, once; training stops where one is not.
 

@@ -46,7 +46,7 @@ class SmartOutput:
         task_loss: the model's own loss, a scalar.
         smoothness: R_s at the perturbation, a scalar >= 0; 0 where lambda_s is 0.
         proximal: D_Breg, a scalar >= 0; 0 where mu is 0 or there is no teacher.
-        logits: of the clean pass, detached; for spans a pair.
+        logits: of the clean pass, detached; for spans a pair. None from :meth:`Smart.backward` with fuse_head=True.
         perturbation: what was added to the embeddings, fp32 or fp64; a tuple, where the module is called several times
             in a pass, of one for each call that the logits come from; None where lambda_s is 0.
     """
@@ -229,7 +229,8 @@ class Smart:
             num_items: as in a call.
 
         Returns:
-            As of a call, with a loss that is detached and not scaled.
+            As of a call, with a loss that is detached and not scaled. With ``fuse_head=True`` without logits, which are
+            freed before the graphs are gone back through.
 
         Raises:
             TypeError: `scale` is no number, scalar tensor or gradient scaler; and as in a call.
@@ -254,7 +255,8 @@ class Smart:
         if not torch.is_grad_enabled():
             raise RuntimeError("backward: got called within torch.no_grad(), expected gradients to be enabled")
         options = Options(initial_perturbation, generator, num_items)
-        out = self._step(batch, options, ahead=True, scale=scale, known=True)
+        frees_logits = self.config.fuse_head is True
+        out = self._step(batch, options, ahead=True, scale=scale, known=True, frees_logits=frees_logits)
         with without_autocast():
             out.loss.backward(like(out.loss, scale))
         return dataclasses.replace(out, loss=out.loss.detach())
@@ -273,12 +275,10 @@ class Smart:
         """
         return self._step(batch, Options(**options), ahead=True, scale=self._check_scale(scale))
 
-    def _step(
-        self, batch: Any, options: Options, ahead: bool, scale: float | Tensor = 1.0, known: bool = False
-    ) -> SmartOutput:
+    def _step(self, batch: Any, options: Options, ahead: bool, **how: Any) -> SmartOutput:
         self._check_model()
         with self._passes.step():
-            step = Step(self, batch, options, ahead, scale, known).run()
+            step = Step(self, batch, options, ahead, **how).run()
         self.steps += 1
         perturbation = _public(detached(step.deltas)) if step.deltas else None
         terms = step.task_loss, step.smoothness, step.proximal

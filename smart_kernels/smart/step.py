@@ -40,13 +40,14 @@ class Step:
         ahead: make each backward pass but the last one as soon as it can be made.
         scale: what the loss is going to be multiplied by, as far as it is known.
         known: whether it is just that.
+        frees_logits: keep none for the user where no pass but the clean one has any.
 
     Attributes:
         whole: the loss, of which the last backward pass begins.
         task_loss: detached.
         smoothness: detached, 0 where there is none.
         proximal: detached, 0 where there is none.
-        logits: of the clean pass, detached.
+        logits: of the clean pass, detached; none where they are not kept.
         deltas: the perturbations, or None.
     """
 
@@ -65,6 +66,7 @@ class Step:
         ahead: bool,
         scale: Tensor | float = 1.0,
         known: bool = False,
+        frees_logits: bool = False,
     ) -> None:
         self._smart = smart
         self._config = smart.config
@@ -74,6 +76,7 @@ class Step:
         self._ahead = ahead and self._passes.may_split()
         self._held = Held(scale, self._passes.reduction, known)
         self._checking = smart._checking
+        self._frees_logits = frees_logits
         self._checked_zero = False
         self._divergence: Divergence
 
@@ -117,6 +120,10 @@ class Step:
         self.smoothness = self.proximal = self.task_loss.new_zeros(())
         if not self._smart.alone:
             graph, self._divergence = self._smart._compare(graph, self._options.num_items)
+        if self._frees_logits and self._passes.fused:
+            self.logits = ()
+            if not self._checking:
+                graph = dataclasses.replace(graph, given=())
         return graph, graph.detached()
 
     def taught(self, clean: CleanPass) -> Logits:
