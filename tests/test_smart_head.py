@@ -432,6 +432,17 @@ def test_a_hook_that_changes_what_the_head_gives() -> None:
         trained(model, True)
 
 
+@pytest.mark.parametrize("way", ["power", "power, lean", "predicted, lean"])
+def test_a_hook_that_reads_what_the_head_gives_sees_logits_alone(way: str) -> None:
+    """Those of the user's own pass, whose numbers it may keep or count."""
+    model, seen = build("gpt2"), []
+    model.lm_head.register_forward_hook(lambda _m, _a, output: seen.append(output.size(-1)))
+    check_equal(model, 1e-9, **WAYS[way])
+    seen.clear()
+    trained(model, True, check=False, **WAYS[way])
+    assert set(seen) == {V}
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

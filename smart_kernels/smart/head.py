@@ -110,7 +110,8 @@ class Head:
             for module in [*(m for m in self.gates if m is not self._module), self._module]:
                 forward = self._begin if module is self._module else self._until(module.forward)
                 stack.enter_context(_forward_of(module, forward))
-                stack.callback(module.register_forward_hook(self._leave).remove)
+                if module in self.gates:
+                    stack.callback(module.register_forward_hook(self._leave).remove)
             with suppress(_Reached):
                 yield
 
@@ -136,6 +137,8 @@ class Head:
         if self.gates and input._base is not None:  # such a module warns of a view that it is to give
             input = input.clone()
         self._seen = input, *own
+        if self._module not in self.gates:  # hooks of the user's are for logits: none comes to see hidden states
+            raise _Reached
         return input
 
     def _until(self, forward: Callable[..., Any]) -> Callable[..., Any]:
