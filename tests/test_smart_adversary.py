@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from smart_models import VOCABULARY, WIDTH, Encoder, batch_for
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from smart_kernels import Smart, SmartConfig, symmetric_kl
@@ -233,6 +234,59 @@ def test_what_is_not_finite_leaves_a_samples_noise(how: str) -> None:
     assert [int(smart.skipped) for smart in smarts] == [1, 0]
     poisoned.loss.backward()
     assert all(p.grad.isfinite().all() for p in models[0].parameters())
+
+
+class Mixing(nn.Module):
+    """Rows of logits that are no samples, or that several samples have part in."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.words, self.mix, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.GRU(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
+        self.what = what
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.behind(self.words(words))
+
+    def behind(self, x: Tensor) -> Tensor:
+        states = self.mix(x.transpose(0, 1))[0].transpose(0, 1)
+        if self.what == "contrastive":  # the similarity of each sample to all
+            pooled = 4 * states.mean(1)
+            return pooled @ pooled.T
+        logits: Tensor = 8 * self.head(states)
+        return logits.flatten(0, 1) if self.what == "flat" else logits
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("adversary", ["power", "predicted"])
+@pytest.mark.parametrize("what", ["by token", "flat", "contrastive"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float16, 1e-3)])
+@pytest.mark.filterwarnings("ignore:step_size.1:UserWarning")
+def test_the_direction_is_that_of_the_divergence_whatever_the_rows_of_logits_are(
+    what: str, adversary: str, norm: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Along the gradient of the sum, at the noise or at none, by autograd in float64."""
+    torch.manual_seed(0)
+    model = Mixing(what).double()
+    words, noise = torch.randint(VOCABULARY, (4, 6)), 0.1 * torch.randn(4, 6, WIDTH, dtype=torch.float64)
+    options = {"adversary": adversary, "norm": norm, "epsilon": 10.0, "step_size": 1.0, "mu": 0.0}
+
+    def forward(model: nn.Module, words: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model(words)
+        return logits.square().mean(), logits
+
+    smart = Smart(copy.deepcopy(model).to(dtype), SmartConfig(**options), forward=forward)
+    found = smart(words, initial_perturbation=noise).perturbation
+    at = (noise if adversary == "power" else torch.zeros_like(noise)).requires_grad_()
+    clean, logits = (model.behind(model.words(words).detach() + x) for x in (0, at))
+    if adversary == "power":
+        loss = symmetric_kl(logits, clean.detach(), reduction="sum")
+    else:  # the likeliest class of each row
+        loss = logits.log_softmax(-1).amax(-1).sum()
+    (grad,) = torch.autograd.grad(loss, at)
+    if norm == "linf" and adversary == "predicted":
+        grad = grad.sign()
+    cosine = F.cosine_similarity((found - noise.detach()).flatten(1), grad.flatten(1))
+    assert (cosine.abs() >= 1 - tolerance).all(), cosine
 
 
 def test_a_gradient_that_fp16_cannot_hold_is_found() -> None:

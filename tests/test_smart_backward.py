@@ -266,13 +266,13 @@ class Sparse(Encoder):
 @pytest.mark.filterwarnings("ignore:embedding. the Embedding to perturb is called:UserWarning")
 def test_gradients_of_all_kinds_of_models(name: str, way: str) -> None:
     build, options = MODELS[name]
-    for adversary in ("power", "predicted", "task"):
+    for adversary, mu in (("power", 1.0), ("predicted", 1.0), ("task", 1.0), ("task", 0.0)):
         torch.manual_seed(0)
         model = build().double().train()
         batch = batch_for(Encoder())
         if name.startswith("tied"):
             batch = {key: torch.randint(0, VOCABULARY, (32, 64)) for key in ("input_ids", "labels")}
-        config = SmartConfig(**BALL, **WAYS[way], adversary=adversary)
+        config = SmartConfig(**BALL, **WAYS[way], adversary=adversary, mu=mu)
         assert_same_gradients(*both(model, config, [batch] * 2, **options), bar=1e-12)
 
 

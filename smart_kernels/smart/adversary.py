@@ -59,6 +59,7 @@ def find_perturbation(
     # The paper divides by the largest entry; a single step goes further along the signs, the steepest in that norm.
     ascent = "sign" if at_clean and config.norm == "linf" else "normalized"
     samples = clean.logits[0].size(0) if clean.logits[0].dim() else 1
+    apart = passes.hook is not None and _rows_apart(clean.logits, noise, positions, passes.hook.compute_dtype)
 
     @passes.reduction.held()
     def gradient(loss: Tensor | None, logits: Logits, points: Deltas) -> Deltas:
@@ -73,7 +74,7 @@ def find_perturbation(
             case _:  # the factor undoes the mean over samples
                 assert loss is not None
                 return _pull_back((loss,), (torch.full_like(loss, _SCALE * samples),), points, retain_graph)
-        cotangents = tuple(c.to(x.dtype) for c, x in zip(_scaled(cotangents, samples), logits, strict=True))
+        cotangents = tuple(c.to(x.dtype) for c, x in zip(_scaled(cotangents, apart), logits, strict=True))
         return _pull_back(logits, cotangents, points, retain_graph)
 
     deltas, clean_points = noise, clean.points
@@ -102,15 +103,28 @@ def _pull_back(outputs: Logits, cotangents: Logits, points: Deltas, retain_graph
     return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, points, strict=True))
 
 
-def _scaled(cotangents: Logits, samples: int) -> Logits:
-    """Cotangents whose largest entry is the same in each sample: a loss scale, of which a step is free.
+def _rows_apart(logits: Logits, noise: Deltas, positions: Sequence[Positions], compute_dtype: torch.dtype) -> bool:
+    """Whether each row of logits may have a scale of its own: in fp16, which needs it, where rows are samples.
+
+    Of other rows, or of logits that other samples have part in, as in a contrastive loss of each with all, scales would
+    be weights.
+    """
+    if torch.float16 not in (compute_dtype, *(x.dtype for x in logits)):
+        return False
+    rows = {x.size(0) if x.dim() else 0 for x in logits} | {p.rows(d) for p, d in zip(positions, noise, strict=True)}
+    return len(rows) == 1 and not any(x.dim() == 2 and x.size(0) == x.size(1) for x in logits)
+
+
+def _scaled(cotangents: Logits, apart: bool) -> Logits:
+    """Cotangents whose largest entry is about the same: a loss scale, of which a step is free; a power of two.
 
     The gradients of a divergence of 1e-10 would underflow in the backward pass of an fp16 model.
+
+    Args:
+        cotangents: of all logits.
+        apart: each row, the sample of the same place in the embeddings, has a scale of its own.
     """
-    apart = all(
-        c.dim() > 0 and c.size(0) == samples for c in cotangents
-    )  # else rows and samples are not the same: one scale for all
-    flat = [c.detach().nan_to_num(0.0, 0.0, 0.0).abs().reshape(samples if apart else 1, -1).amax(1) for c in cotangents]
+    flat = [c.detach().nan_to_num(0.0, 0.0, 0.0).abs().reshape(len(c) if apart else 1, -1).amax(1) for c in cotangents]
     size = torch.stack(flat).amax(0)
-    size = torch.where(size > 0, size, 1) / _SCALE
+    size = torch.ldexp(torch.ones_like(size), torch.frexp(torch.where(size > 0, size, 1)).exponent) / _SCALE
     return tuple(c / size.view(-1, *[1] * (c.dim() - 1)) for c in cotangents)

@@ -37,25 +37,30 @@ class Held:
         """Whether a part of the loss has been left to what is held."""
         self._grads: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._origins: dict[int, Tensor] = {}
+        self._inner: dict[int, Tensor | None] = {}
 
-    def collect(self, loss: Tensor, cuts: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def collect(self, loss: Tensor, cuts: Sequence[tuple[Tensor, Tensor]], points: Sequence[Tensor] = ()) -> None:
         """Take the gradients of all that the loss was made of, and free its graph.
 
         Args:
             loss: a scalar.
             cuts: tensors, and leaves that stand for them in this graph; the gradient of such a leaf is theirs.
+            points: further tensors of the graph, whose gradients are asked for by :meth:`of`.
         """
         self.begun = True
         if not loss.requires_grad:
             return
         self._origins |= {id(leaf): origin for origin, leaf in cuts}
         leaves, shared = leaves_of(loss, {origin.grad_fn for origin, _ in cuts})
+        inner = [p for p in points if not p.is_leaf]
         scale = like(loss, self._scale)
         with self._reduction.held(), without_autocast(), _unhooked(leaves):
             # what lies before a cut is needed again: the rest goes when nobody holds the loss any longer
-            grads = torch.autograd.grad(loss, leaves, scale, retain_graph=shared, allow_unused=True)
-        for leaf, grad in zip(leaves, grads, strict=True):
+            wanted = [*leaves, *inner]
+            grads = torch.autograd.grad(loss, wanted, scale, retain_graph=shared, allow_unused=True)
+        for leaf, grad in zip(leaves, grads, strict=False):
             self._add(leaf, grad)
+        self._inner = {id(p): grad for p, grad in zip(inner, grads[len(leaves) :], strict=True)}
 
     def leave(self, loss: Tensor) -> None:
         """Note what the loss was made of: it gets a gradient of its own, or none, in the last backward pass."""
@@ -67,9 +72,9 @@ class Held:
         _, before = self._grads.get(id(leaf), (leaf, None))
         self._grads[id(leaf)] = leaf, before if grad is None else grad if before is None else before + grad
 
-    def of(self, leaf: Tensor) -> Tensor | None:
-        """The gradient of a leaf."""
-        return self._grads.get(id(leaf), (leaf, None))[1]
+    def of(self, x: Tensor) -> Tensor | None:
+        """The gradient of a leaf, or of a point that was asked for: of one within the graph once."""
+        return self._grads.get(id(x), (x, None))[1] if x.is_leaf else self._inner.pop(id(x))
 
     def loss(self, value: Tensor, last: Tensor) -> Tensor:
         """A loss of this value; its gradient is what is held, and that of `last`, which alone has a graph."""

@@ -44,6 +44,10 @@ class Positions:
         """A tensor like the embeddings as (samples, positions, features)."""
         return x if self.order is None else x.permute(self.order)
 
+    def rows(self, x: Tensor) -> int:
+        """How many samples a tensor like the embeddings has, where rows are samples."""
+        return x.size(0 if self.order is None else self.order[0])
+
     def own(self, x: Tensor) -> Tensor:
         """The reverse of :meth:`ordered`."""
         return x if self.order is None else x.permute([self.order.index(i) for i in range(len(self.order))])

@@ -170,11 +170,8 @@ class Step:
 
     def fallen_out(self, clean: CleanPass) -> Deltas:
         """By the gradient of the task loss that the clean backward pass has left."""
-        points = [c.point for c in clean.embeddings if c.point is not None]
-        grads = [self._held.of(p) for p in points]
-        return self._find(
-            clean, tuple(torch.zeros_like(p) if g is None else g for p, g in zip(points, grads, strict=True))
-        )
+        grads = [(p, self._held.of(p)) for p in _points(clean)]
+        return self._find(clean, tuple(torch.zeros_like(p) if g is None else g for p, g in grads))
 
     def _find(self, clean: CleanPass, direction: Deltas | None = None) -> Deltas:
         options = self._options
@@ -187,7 +184,9 @@ class Step:
 
     def clean_backward(self, graph: CleanPass, taught: Logits | None = None, seen: Logits | None = None) -> None:
         """Back through the clean graph, which is gone then."""
-        self._held.collect(self._clean_terms(graph, taught, seen), graph.cuts)
+        falls_out = self._config.adversary == "task" and self.deltas is None
+        points = _points(graph) if falls_out else []
+        self._held.collect(self._clean_terms(graph, taught, seen), graph.cuts, points)
 
     def perturbed_backward(self, clean: CleanPass, perturbed: Logits) -> Logits:
         """Back through the perturbed graph, which is gone then."""
@@ -255,3 +254,8 @@ class Step:
         if self._checking and not self._checked_zero:
             self._checked_zero = True
             check_zero(self._passes, clean, self._divergence, self._config, self._smart.teacher)
+
+
+def _points(clean: CleanPass) -> list[Tensor]:
+    """What the clean pass can be differentiated by."""
+    return [c.point for c in clean.embeddings if c.point is not None]
