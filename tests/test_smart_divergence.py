@@ -100,6 +100,23 @@ def test_tokens_whose_next_one_has_a_label() -> None:
     check(a, b, {"labels": labels}, counted.mean(), model)
 
 
+def test_tokens_whose_logits_are_flattened() -> None:
+    """As a loss takes them: all, or those that have a next one."""
+    a, b = logits(3, 5, 7), logits(3, 5, 7)
+    labels = torch.randint(7, (3, 5)).masked_fill(torch.rand(3, 5) < 0.4, -100)
+    labels[:, 1] = 1
+    each, flat = rows(a, b), [x.flatten(0, 1) for x in (a, b)]
+    check(*flat, {"labels": labels}, each[labels != -100].mean(), nn.Identity())
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    check(*flat, {"attention_mask": mask}, each[mask > 0].mean(), nn.Identity())
+    gpt2, following = transformers.GPT2LMHeadModel(GPT2), each[:, :-1][labels[:, 1:] != -100].mean()
+    check(*flat, {"labels": labels}, following, gpt2)
+    check(*(x[:, :-1].flatten(0, 1) for x in (a, b)), {"labels": labels}, following, gpt2)
+    # what only looks like it: examples with two words each, or a label for each class
+    check(a[:, 0], b[:, 0], {"attention_mask": torch.tensor([[1, 0]] * 3)}, each[:, 0].mean())
+    check(a[:, 0], b[:, 0], {"labels": torch.zeros(3, 7, dtype=torch.long)}, each[:, 0].mean())
+
+
 def test_tokens_without_labels_are_those_that_are_no_padding() -> None:
     a, b = logits(2, 4, 3), logits(2, 4, 3)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])

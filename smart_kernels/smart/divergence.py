@@ -216,10 +216,10 @@ def choose_divergence(
 
     Args:
         divergence: as in :class:`~smart_kernels.SmartConfig`.
-        logits: (B, C) of classes; (B, 1) or (B,) of numbers; (B, L, C) of tokens, where those that have no label
-            are not counted (in a decoder that predicts the next token, its label is the next one), nor virtual
-            tokens that a learnt prompt puts before; or a pair of (B, L), start and end of a span, where padding is no
-            candidate.
+        logits: (B, C) of classes; (B, 1) or (B,) of numbers; (B, L, C) or (B * L, C) of tokens, where those that have
+            no label are not counted (in a decoder that predicts the next token, its label is the next one), nor
+            virtual tokens that a learnt prompt puts before; or a pair of (B, L), start and end of a span, where
+            padding is no candidate.
         batch: the batch: its "labels" and "attention_mask" are looked at where it is a mapping.
         model: the model, asked whether it predicts the next token.
         num_items: as in :class:`Divergence`.
@@ -261,15 +261,40 @@ def choose_divergence(
                 f"divergence: got 'auto' with logits of shape {shapes}, expected (B,), (B, C), (B, L, C) or two of "
                 "(B, L); for others, a callable"
             )
-    if len(shape) == 2 or len(logits) > 1:
+    if len(logits) > 1:
         return Classes(kind, num_items=num_items)
-    counted = _rows(mask, shape, batch)
-    counted = None if counted is None else counted > 0
-    labelled = _rows(labels, shape, batch)
-    if labelled is not None:
-        counted = labelled != IGNORED
-        counted = nn.functional.pad(counted[:, 1:], (0, 1)) if _predicts_next(model) else counted
+    counted = _counted(labels, lambda x: x != IGNORED, _predicts_next(model), shape, batch)
+    if counted is None:
+        counted = _counted(mask, lambda x: x > 0, False, shape, batch)
     return Classes(kind, counted, num_items=num_items)
+
+
+def _counted(
+    values: Any, counts: Callable[[Tensor], Tensor], ahead: bool, shape: torch.Size, batch: Any
+) -> Tensor | None:
+    """Which rows of logits (B, L, C) or (B * L, C) count, by the labels or the mask; None where these do not fit.
+
+    Args:
+        values: the labels or the mask.
+        counts: which of them count.
+        ahead: the label of a row is the next one's.
+        shape: of the logits.
+        batch: the batch.
+    """
+    if len(shape) == 3:
+        found = _rows(values, shape, batch)
+        return None if found is None else _ahead(counts(found)) if ahead else counts(found)
+    if not isinstance(values, Tensor) or values.dim() != 2 or values.shape[1] < 2:
+        return None
+    counted = counts(values)
+    if counted.numel() == shape[0]:
+        return (_ahead(counted) if ahead else counted).flatten()
+    rest = counted[:, 1:]  # of logits[:, :-1] that were flattened
+    return rest.flatten() if values.shape[1] > 2 and rest.numel() == shape[0] else None
+
+
+def _ahead(counted: Tensor) -> Tensor:
+    return nn.functional.pad(counted[:, 1:], (0, 1))
 
 
 def _rows(values: Any, shape: torch.Size, batch: Mapping[str, Any]) -> Tensor | None:
