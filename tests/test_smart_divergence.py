@@ -175,6 +175,13 @@ def test_a_batch_in_which_nothing_counts_adds_nothing_to_the_others() -> None:
     assert choose_divergence("auto", a, batch, PLAIN, 5)(a, b) == 0
 
 
+def test_classes_before_tokens_are_told() -> None:
+    """As torch's losses take them; the divergence would be one over positions."""
+    for classes in (3, 9):
+        with pytest.warns(UserWarning, match=r"divergence: .* as if classes came before tokens"):
+            choose_divergence("auto", (logits(2, classes, 5),), {"labels": torch.ones(2, 5, dtype=torch.long)}, PLAIN)
+
+
 def test_does_not_guess() -> None:
     with pytest.raises(ValueError, match="divergence: got 'auto' with real-valued labels"):
         choose_divergence("auto", (logits(4, 3),), {"labels": logits(4, 3)}, PLAIN)

@@ -6,6 +6,7 @@ A cotangent is what an adversary pulls back from the logits to the embeddings; o
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -263,6 +264,13 @@ def choose_divergence(
             )
     if len(logits) > 1:
         return Classes(kind, num_items=num_items)
+    if len(shape) == 3 and isinstance(labels, Tensor) and labels.shape == (shape[0], shape[2]) != tuple(shape[:2]):
+        warnings.warn(
+            f"divergence: the logits have shape {tuple(shape)} and the labels {tuple(labels.shape)}, as if classes "
+            "came before tokens; expected (B, L, C), and the last dimension is taken for the classes. Give them so, "
+            "for instance by `forward=`, with logits.transpose(1, 2)",
+            stacklevel=2,
+        )
     counted = _counted(labels, lambda x: x != IGNORED, _predicts_next(model), shape, batch)
     if counted is None:
         counted = _counted(mask, lambda x: x > 0, False, shape, batch)
