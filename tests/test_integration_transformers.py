@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from smart_kernels.integrations.transformers import (
 )
 from smart_kernels.smart import gradients, objective
 from smart_kernels.smart.embedding import find_embedding
+from smart_kernels.smart.state import Attributes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -148,6 +150,47 @@ def test_one_graph_at_a_time_trains_the_same(
         ends.append(parameters(trainer))
     for key, p in ends[1].items():
         torch.testing.assert_close(ends[0][key], p, rtol=1e-5, atol=1e-7)
+
+
+def test_there_is_one_graph_at_a_time(tmp_path: Path) -> None:
+    """With "power", the clean graph is freed before the ascent: nothing of the trainer's holds it."""
+    made: list[Any] = []
+    found: list[int] = []
+
+    def saved(_module: Any, _args: Any, output: Tensor) -> Tensor:
+        x = 2 * output
+        made.append(weakref.ref(x))
+        return x * x
+
+    trainer = trainer_for(TASKS["bert"], tmp_path, max_steps=1, smart_memory="lean", smart_check=False, **BALL)
+    trainer.model.bert.embeddings.register_forward_hook(saved)
+    trainer.model.get_input_embeddings().register_forward_pre_hook(
+        lambda *_: found.append(sum(x() is not None for x in made))
+    )
+    trainer.train()
+    assert max(found) == 1
+    assert found.count(1) == 1  # where the teacher's pass begins
+
+
+def test_a_list_of_examples_is_not_looked_through() -> None:
+    """Nor copied at each step, wherever it lies."""
+
+    class Holder:
+        def __init__(self) -> None:
+            self.train_dataset = [{"input_ids": [0] * 9}] * 7
+            self.examples = [{"input_ids": [0] * 9} for _ in range(20_000)]
+            self.losses = [[1.0], [2.0]]
+
+    holder = Holder()
+    kept = Attributes([holder])
+    holder.examples.append({})
+    holder.losses[0].append(3.0)
+    kept.find_changes()
+    kept.undo()
+    assert len(holder.examples) == 20_000
+    assert holder.losses == [[1.0], [2.0]]
+    looked_at = [container for container, *_ in kept._contents.values()]
+    assert len(looked_at) == 4  # two lists, and the two in one of them
 
 
 class WithoutKeywords(transformers.BertForTokenClassification):

@@ -511,12 +511,14 @@ def alive() -> int:
 
 @pytest.mark.parametrize("way", ["lean", "detached"])
 @pytest.mark.parametrize("adversary", ADVERSARIES)
-def test_there_is_one_graph_at_a_time(adversary: str, way: str) -> None:
+@pytest.mark.parametrize("divergence", ["auto", lambda p, q, _batch: (p - q).square().mean()], ids=["own", "callable"])
+def test_there_is_one_graph_at_a_time(adversary: str, way: str, divergence: Any) -> None:
     model = Weighed(dropout=0.3)
     MADE.clear()
     found: list[int] = []
     model.words.register_forward_pre_hook(lambda *_: found.append(alive()))
-    smart = Smart(model, SmartConfig(**BALL, **WAYS[way], adversary=adversary, check=False), 10)
+    options = {**BALL, **WAYS[way], "divergence": divergence, "check": False}
+    smart = Smart(model, SmartConfig(**options, adversary=adversary), 10)
     smart.backward(batch_for(model))
     expected, held = [], 0
     for each in make_plan(smart.config, smooth=True, taught=True, ahead=True):

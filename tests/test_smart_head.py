@@ -425,6 +425,17 @@ def test_scales_and_caps_of_any_model() -> None:
     check_equal(Behind(Tensor.float), 1e-5)  # float32's rounding of what is compared otherwise
 
 
+def test_hooks_that_come_in_pairs_are_called_in_pairs(caplog: pytest.LogCaptureFixture) -> None:
+    """As those of a timer: a pass that ends in front of the head would be entered and not left."""
+    model, entered = build("gpt2"), []
+    model.register_forward_pre_hook(lambda *_: entered.append(1))
+    model.register_forward_hook(lambda *_: entered.pop() and None)
+    with caplog.at_level(logging.WARNING):
+        Smart(model, SmartConfig(**BALL), 10).backward(draw())
+    assert not entered
+    assert "around the head has hooks in front and behind" in caplog.text
+
+
 def test_a_hook_that_changes_what_the_head_gives() -> None:
     model = build("gpt2")
     model.lm_head.register_forward_hook(lambda _m, _a, output: output.mul_(2))

@@ -15,6 +15,7 @@ from smart_kernels.smart.checkpoint import gather_state, restore_state
 from smart_kernels.smart.config import SmartConfig
 from smart_kernels.smart.objective import Smart, attention_mask
 from smart_kernels.smart.passes import output_logits
+from smart_kernels.smart.structure import replaced
 
 
 class SmartCallback(Callback):  # type: ignore[misc]
@@ -150,9 +151,13 @@ class SmartCallback(Callback):  # type: ignore[misc]
                 f"training_step: returned {type(output).__name__}, expected a mapping with 'loss', and 'logits' where "
                 "they are not the model's own, or a loss, or None to skip the batch"
             )
-        if not again:
-            self._output = output
+        if not again:  # as Lightning keeps it: its graph is the step's to free
+            self._output = replaced(output, _detached) if isinstance(output, Mapping) else None
         return loss, output_logits(output)
+
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 class _NoLoss(Exception):  # noqa: N818

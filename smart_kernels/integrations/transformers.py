@@ -317,8 +317,8 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
                 logits = model_logits(outputs if with_loss else (loss, *outputs), "start_positions" in batch)
             else:
                 logits = output_logits(outputs)
-        if self.smart is None or not self.smart.repeats:
-            self._outputs = outputs
+        if self._returns_outputs and (self.smart is None or not self.smart.repeats):
+            self._outputs = outputs  # else they would keep a graph that the step is to free
         return loss, logits
 
     def _trainer_divides(self, num_items: Tensor | int | None) -> bool:

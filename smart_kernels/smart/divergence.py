@@ -234,7 +234,8 @@ def choose_divergence(
         # A callable knows what real-valued labels of (B, C) mean: what is asked here does not depend on it.
         several = len(logits) == 1 and logits[0].dim() == 2 and logits[0].size(1) > 1
         like = "symmetric_kl" if several else "auto"
-        return Custom(divergence, batch, lambda: choose_divergence(like, logits, batch, model, None, calls), num_items)
+        shaped = tuple(x.detach() for x in logits)  # whose graph is the step's to free
+        return Custom(divergence, batch, lambda: choose_divergence(like, shaped, batch, model, None, calls), num_items)
     shape = logits[0].shape
     labels, mask = (batch.get(key) if isinstance(batch, Mapping) else None for key in ("labels", "attention_mask"))
     if divergence == "squared_error":

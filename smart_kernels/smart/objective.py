@@ -375,8 +375,9 @@ class Smart:
         if head is None:
             return clean, divergence
         fused: CleanPass | str = "the divergence is none of classes"
+        seen, head.calls = head.calls, []
         if type(divergence) is Classes:
-            fused = self._passes.fuse(clean)
+            fused = self._passes.fuse(clean, seen)
             if isinstance(fused, CleanPass):
                 return fused, BehindHead(head, divergence, self.config.detach_clean)
         if self.config.fuse_head is True:

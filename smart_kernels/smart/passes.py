@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from smart_kernels.smart.config import Logits
 from smart_kernels.smart.embedding import EmbeddingCall, EmbeddingHook, perturb
-from smart_kernels.smart.head import Head
+from smart_kernels.smart.head import Head, HeadCall
 from smart_kernels.smart.masks import SharedMasks
 from smart_kernels.smart.parallel import (
     Reduction,
@@ -397,12 +397,18 @@ class Passes:
         given = detached(logits)
         return CleanPass(loss, logits, given, calls, self._batch, arguments, places, self._regraphed, called, cuts)
 
-    def fuse(self, clean: CleanPass) -> CleanPass | str:
-        """The clean pass with hidden states in place of logits, for extra passes of the like; or why not."""
+    def fuse(self, clean: CleanPass, calls: Sequence[HeadCall]) -> CleanPass | str:
+        """The clean pass with hidden states in place of logits, for extra passes of the like; or why not.
+
+        Args:
+            clean: the clean pass.
+            calls: those of the head in it.
+        """
         assert self.head is not None
-        calls, self.head.calls = self.head.calls, []
         if self.compiled():
             return "the model is compiled"
+        if (around := self.head.entered_in_pairs()) is not None:
+            return f"the {type(around).__name__} around the head has hooks in front and behind, which come in pairs"
         if self._replay is None or self._regraphed:
             return "it is not known what the logits are made of"
         if len(clean.logits) != 1 or len(calls) != 1:

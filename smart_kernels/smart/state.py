@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 States = list[tuple[Callable[[Any], Any], Any]]
 """States of generators, each with what sets it."""
@@ -28,12 +29,18 @@ _OF_MODULES = frozenset(vars(nn.Module()))
 """The attributes that torch itself keeps in a module: parameters, hooks, training; `_buffers` is looked at apart."""
 _CONTAINERS = (list, dict, set, deque)
 _LARGEST_CONTAINER = 65536
+_NESTED = 16384
+"""Elements of containers within others that are looked at in all: a list of examples is left alone."""
 _LIBRARIES = {
     "accelerate", "builtins", "collections", "datasets", "enum", "functools", "lightning", "lightning_fabric",
     "logging", "numpy", "peft", "pytorch_lightning", "sentence_transformers", "smart_kernels", "tokenizers", "torch",
     "torchmetrics", "transformers", "trl",
 }  # fmt: skip
 """Packages whose objects are not looked into."""
+_NO_STATE = (nn.Module, Dataset, type, types.FunctionType, types.MethodType)
+"""Of a user's classes, what has no state of a pass, or one that is looked at elsewhere."""
+_OF_TRAINERS = frozenset({"train_dataset", "eval_dataset"})
+"""Attributes of objects that are no modules, which no pass changes."""
 _DEPTH = 4
 _SMALL = 65536
 """Elements of a tensor up to which it is copied at each step, whether or not it has ever been changed."""
@@ -123,6 +130,7 @@ class Attributes:
         self._contents: dict[int, tuple[Any, Any, dict[int, Any]]] = {}
         self._arrays: list[tuple[dict[str, Any], str, Any, Any]] = []
         self._seen: set[int] = set()
+        self._nested = _NESTED
         self._changes: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
         self._originals: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
         for one in objects:
@@ -134,7 +142,7 @@ class Attributes:
                     continue
                 self._keep(own, {k: v for k, v in own.items() if k not in _OF_MODULES})
             else:
-                self._keep(own, dict(own))
+                self._keep(own, {k: v for k, v in own.items() if k not in _OF_TRAINERS})
         for mapping, names in dicts:
             self._keep(mapping, {name: mapping[name] for name in names if name in mapping}, whole=False)
 
@@ -163,8 +171,11 @@ class Attributes:
             if _is_array(v) or (isinstance(v, Tensor) and not v.requires_grad and v.numel() <= _SMALL)
         }
         self._contents[id(container)] = container, copy.copy(container), copies
-        for value in values if depth else ():
-            if isinstance(value, _CONTAINERS):
+        nested = [v for v in values if isinstance(v, _CONTAINERS)] if depth else []
+        elements = sum(map(len, nested))
+        if elements <= self._nested:
+            self._nested -= elements
+            for value in nested:
                 self._contained(value, depth - 1)
 
     def find_changes(self) -> None:
@@ -187,7 +198,7 @@ class Attributes:
                 if new is not old and (id(place), name) not in in_place:
                     self._changes.append((_setter(place, name, old), _setter(place, name, new)))
             if size != -1 and (size != len(place) or any(name not in place for name in before)):
-                for name in place.keys() - before.keys() - _OF_MODULES:
+                for name in place.keys() - before.keys() - _OF_MODULES - _OF_TRAINERS:
                     self._changes.append((_setter(place, name, _MISSING), _setter(place, name, place[name])))
         for place, name, array, start in self._arrays:
             if not (array == start).all():
@@ -289,7 +300,7 @@ def _is_array(value: Any) -> bool:
 
 def _is_of_user(value: Any) -> bool:
     """Whether an object is of a class of the user's, which may count something; libraries keep their own state."""
-    if isinstance(value, nn.Module | type | types.FunctionType | types.MethodType) or not hasattr(value, "__dict__"):
+    if isinstance(value, _NO_STATE) or not hasattr(value, "__dict__"):
         return False
     return type(value).__module__.split(".")[0] not in _LIBRARIES
 
