@@ -119,7 +119,7 @@ GRID = {
 """Learning rates and epochs that plain fine-tuning is tuned over."""
 
 NEIGHBOURS = ((1.0, 1), (2.0, 1), (0.5, 2), (1.0, 2))
-"""Factors on plain's learning rate and epochs that every other method is tuned over."""
+"""Factors on plain's learning rate and epochs that every method is tuned over, plain beside its grid."""
 
 
 # -------------------------------------------------------------------------- how it is chosen: this screen is all
@@ -160,10 +160,11 @@ def pick(results: Results, cell: Cell, trials: Sequence[Trial]) -> Generator[Run
     return max(trials, key=lambda trial: development_score(results, cell, trial))
 
 
-def tuned_plain(results: Results, cell: Cell, averages: Sequence[float] = (0.0,)) -> Generator[Run, None, Trial]:
+def tuned_plain(results: Results, cell: Cell) -> Generator[Run, None, Trial]:
+    """Plain fine-tuning at the best pair of the grid, around which every method is tuned."""
     rates, epochs = GRID[cell.size]
     settings = METHODS[0].settings
-    return (yield from pick(results, cell, [Trial(settings, r, e, a) for e in epochs for r in rates for a in averages]))
+    return (yield from pick(results, cell, [Trial(settings, r, e) for e in epochs for r in rates]))
 
 
 def screened(results: Results, method: Method, task: str) -> Generator[Run, None, dict[str, Any]]:
@@ -186,11 +187,17 @@ def screened(results: Results, method: Method, task: str) -> Generator[Run, None
 
 def tuned(results: Results, method: Method, cell: Cell) -> Generator[Run, None, Trial]:
     """A method's settings with learning rate and epochs for a cell: each method has the same budget, plain more."""
-    if method.settings == METHODS[0].settings:
-        return (yield from tuned_plain(results, cell, AVERAGES if method.averaged else (0.0,)))
+    here = yield from tuned_plain(results, cell)
+    if method.settings == METHODS[0].settings:  # the grid, and what the others have around the best of it
+        averages = AVERAGES if method.averaged else (0.0,)
+        rates, epochs = GRID[cell.size]
+        pairs = [(r, e) for e in epochs for r in rates]
+        pairs += [(here.lr * rate, here.epochs * more) for rate, more in NEIGHBOURS]
+        trials = [Trial(method.settings, *pair, a) for pair in dict.fromkeys(pairs) for a in averages]
+        return (yield from pick(results, cell, trials))
     settings = yield from screened(results, method, cell.task)
     home = Cell(cell.task, SCREENED)
-    there, here = (yield from tuned_plain(results, home)), (yield from tuned_plain(results, cell))
+    there = yield from tuned_plain(results, home)
     kind = -1.0 if method.averaged else 0.0
     trials = [Trial(settings, there.lr * rate, there.epochs * more, kind) for rate, more in NEIGHBOURS]
     rate, more = NEIGHBOURS[trials.index((yield from pick(results, home, trials)))]
@@ -202,7 +209,7 @@ def is_finalist(results: Results, method: Method, task: str) -> Generator[Run, N
     if method.always:
         return True
     cell = Cell(task, SCREENED)
-    own, plain = (yield from tuned(results, method, cell)), (yield from tuned_plain(results, cell))
+    own, plain = (yield from tuned(results, method, cell)), (yield from tuned(results, METHODS[0], cell))
     return development_score(results, cell, own) >= development_score(results, cell, plain) - MARGIN
 
 

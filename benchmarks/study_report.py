@@ -37,7 +37,6 @@ from study_plan import (
     outcome,
     remaining,
     tuned,
-    tuned_plain,
 )
 from study_run import AVERAGES, CORRUPTED, DEVELOPMENT, GROUPED, Run, passes
 
@@ -310,11 +309,11 @@ def development_table(results: Results, cell: Cell) -> str:
 
 def edge_text(results: Results, cell: Cell) -> str:
     """Which pair is plain's, and whether better ones may lie beyond the grid."""
-    plain = outcome(tuned_plain(results, cell))
+    plain = outcome(tuned(results, METHODS[0], cell))
     if plain is None:
         return "Plain fine-tuning is not tuned yet."
     pairs = zip(("learning rate", "number of epochs"), (plain.lr, plain.epochs), GRID[cell.size], strict=True)
-    ends = [name for name, value, tried in pairs if value in (min(tried), max(tried))]
+    ends = [name for name, value, tried in pairs if not min(tried) < value < max(tried)]
     beyond = f"; its {' and '.join(ends)} lies at an end of what was tried" if ends else ""
     return f"Plain fine-tuning is best at {plain.lr:g}, {plain.epochs} epochs{beyond}."
 
@@ -360,10 +359,11 @@ PROTOCOL = f"""\
   A seed gives training examples, head, order and dropout masks; all methods share them.
 - **Tuning.** {DEVELOPMENT} examples are split from the training pool, and {len(TUNING_SEEDS)} seeds that no final run
   has are measured on them. Plain fine-tuning is tuned over nine pairs of learning rate and epochs at every size. A
-  method's settings are screened at {SCREENED} examples with plain's pair, one coordinate after the other, then its pair
-  is tuned over {len(NEIGHBOURS)}: plain's, and factors on it of
-  {", ".join(f"({rate:g}, {epochs})" for rate, epochs in NEIGHBOURS[1:])}. Settings and factors are carried to the other
-  sizes. `study_plan.py` has it in one screen; `pick` is the only place where anything is chosen.
+  method's settings are screened at {SCREENED} examples with the best of these, one coordinate after the other, then its
+  pair is tuned over {len(NEIGHBOURS)}: that one, and factors on it of
+  {", ".join(f"({rate:g}, {epochs})" for rate, epochs in NEIGHBOURS[1:])}; plain's, too,
+  beside the nine. Settings and factors are carried to the other sizes.
+  `study_plan.py` has it in one screen; `pick` is the only place where anything is chosen.
 - **Test.** What is no more than {MARGIN:g} points behind plain on development data goes to the test set,
   with 10 seeds (5 at 1 000 examples). Plain, its average and the paper's SMART go there in any case.
 - **Statistics.** Differences from plain by seed, with 95 % confidence intervals and p-values of the paired t-test.

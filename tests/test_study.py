@@ -172,8 +172,9 @@ def test_every_method_has_the_same_budget_and_plain_more(finished: dict[str, Any
             pairs.setdefault(json.dumps(run.settings, sort_keys=True), set()).add((run.lr, run.epochs))
     for method in study_plan.METHODS:
         settings = outcome(study_plan.tuned(finished, method, CELLS[0])).settings
-        tried = len(pairs[json.dumps(settings, sort_keys=True)])
-        assert tried == (9 if settings == PLAIN.settings else len(study_plan.NEIGHBOURS))
+        tried, plain = (pairs[json.dumps(one, sort_keys=True)] for one in (settings, PLAIN.settings))
+        assert tried <= plain
+        assert len(tried) >= 9 if settings == PLAIN.settings else len(tried) == len(study_plan.NEIGHBOURS)
 
 
 def test_what_is_far_behind_does_not_come_to_the_test_set() -> None:
