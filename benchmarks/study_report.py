@@ -314,7 +314,8 @@ def edge_text(results: Results, cell: Cell) -> str:
         return "Plain fine-tuning is not tuned yet."
     pairs = zip(("learning rate", "number of epochs"), (plain.lr, plain.epochs), GRID[cell.size], strict=True)
     ends = [name for name, value, tried in pairs if not min(tried) < value < max(tried)]
-    beyond = f"; its {' and '.join(ends)} lies at an end of what was tried" if ends else ""
+    verb = "lie" if len(ends) > 1 else "lies"
+    beyond = f"; its {' and '.join(ends)} {verb} at an end of what was tried" if ends else ""
     return f"Plain fine-tuning is best at {plain.lr:g}, {plain.epochs} epochs{beyond}."
 
 
