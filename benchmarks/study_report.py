@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from harness import COLOURS, OUR_COLOUR, finish, format_table, plotting
 from study_plan import (
+    BEST,
     CELLS,
     GRID,
     MARGIN,
@@ -32,17 +33,20 @@ from study_plan import (
     core_hours,
     development_score,
     final,
+    home_of,
     is_finalist,
     named,
     outcome,
+    plain_pairs,
     remaining,
     tuned,
+    tuned_plain,
 )
 from study_run import AVERAGES, CORRUPTED, DEVELOPMENT, GROUPED, Run, passes
 
 SIGNIFICANT = 0.05
 QUICK = (PLAIN, "plain, averaged", "SMART, paper")
-QUICK_CELL = Cell("trec", SCREENED)
+QUICK_CELL = home_of("trec")
 DRAWN = (PLAIN, "plain, averaged", "SMART, paper", "SMART, tuned", "R_s, predicted", "D_Breg", "R3F")
 """What the figure has of the methods: no more than can be told apart."""
 
@@ -309,10 +313,11 @@ def development_table(results: Results, cell: Cell) -> str:
 
 def edge_text(results: Results, cell: Cell) -> str:
     """Which pair is plain's, and whether better ones may lie beyond the grid."""
-    plain = outcome(tuned(results, METHODS[0], cell))
+    best, plain = outcome(tuned_plain(results, cell)), outcome(tuned(results, METHODS[0], cell))
     if plain is None:
         return "Plain fine-tuning is not tuned yet."
-    pairs = zip(("learning rate", "number of epochs"), (plain.lr, plain.epochs), GRID[cell.size], strict=True)
+    tried = zip(*plain_pairs(best, cell), strict=True)
+    pairs = zip(("learning rate", "number of epochs"), (plain.lr, plain.epochs), tried, strict=True)
     ends = [name for name, value, tried in pairs if not min(tried) < value < max(tried)]
     verb = "lie" if len(ends) > 1 else "lies"
     beyond = f"; its {' and '.join(ends)} {verb} at an end of what was tried" if ends else ""
@@ -327,7 +332,7 @@ def screened_out(results: Results) -> list[str]:
     """Which methods did not come to the test set, and by what figure."""
     lines = []
     for task in dict.fromkeys(cell.task for cell in CELLS):
-        cell = Cell(task, SCREENED)
+        cell = home_of(task)
         for method in METHODS:
             if outcome(is_finalist(results, method, task)) is False:
                 own, plain = (
@@ -359,14 +364,16 @@ PROTOCOL = f"""\
   1 379 pairs to test on).
   A seed gives training examples, head, order and dropout masks; all methods share them.
 - **Tuning.** {DEVELOPMENT} examples are split from the training pool, and {len(TUNING_SEEDS)} seeds that no final run
-  has are measured on them. Plain fine-tuning is tuned over nine pairs of learning rate and epochs at every size. A
-  method's settings are screened at {SCREENED} examples with the best of these, one coordinate after the other, then its
-  pair is tuned over {len(NEIGHBOURS)}: that one, and factors on it of
+  has are measured on them. Plain fine-tuning is tuned over nine pairs of learning rate and epochs at {SCREENED}
+  examples, over four elsewhere. A method's settings are screened at {SCREENED} examples with the best of these, one
+  coordinate after the other, then its pair is tuned over {len(NEIGHBOURS)}: that one, and factors on it of
   {", ".join(f"({rate:g}, {epochs})" for rate, epochs in NEIGHBOURS[1:])}; plain's, too,
-  beside the nine. Settings and factors are carried to the other sizes.
+  beside those. Settings and factors are carried to the other sizes.
   `study_plan.py` has it in one screen; `pick` is the only place where anything is chosen.
 - **Test.** What is no more than {MARGIN:g} points behind plain on development data goes to the test set,
-  with 10 seeds (5 at 1 000 examples). Plain, its average and the paper's SMART go there in any case.
+  with 10 seeds (5 at 1 000 examples). Plain, its average and the paper's SMART go there in any case. To the other
+  sizes and to wrong labels go plain, the paper's SMART, and the {BEST} others that are best on development data at
+  {SCREENED} examples.
 - **Statistics.** Differences from plain by seed, with 95 % confidence intervals and p-values of the paired t-test.
   The p-values are corrected by Holm's way for the methods of a table, each measure for itself; the intervals are not. A
   star means p < {SIGNIFICANT}. With wrong labels among the training examples, those of the development set are right.
