@@ -220,6 +220,27 @@ def awkward(cols: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("cols", [97, 300, 5000])
+@pytest.mark.parametrize(
+    ("kind", "beta"), [("js", 0.5), ("js", 0.02), ("js", 0.98), ("hellinger", 0.5), ("total_variation", 0.5)]
+)
+def test_accuracy_of_rows_of_which_a_few_light_classes_are_apart(
+    kl: type[Kernel], kind: str, beta: float, cols: int, dtype: torch.dtype
+) -> None:
+    """Both KLs are infinite or large, and the divergence is small: it has its digits from the other classes."""
+    distances = [1e-3, 1e-2, 1e-1, 0.3, 1.0, 3.0]
+    rows = 3 * len(distances)
+    b = torch.randn(rows, cols, dtype=torch.float64)
+    a = b + torch.tensor(3 * distances, dtype=torch.float64)[:, None] * torch.randn_like(b)
+    lightest, next_to_it = b.topk(2, largest=False).indices.T
+    every = torch.arange(rows)
+    a[every, lightest] -= 1e4
+    b[every, next_to_it] -= 1e4
+    a[every[::2], lightest[::2]] = b[every[::2], next_to_it[::2]] = -math.inf
+    check(kl, a.to(dtype), b.to(dtype), kind, beta)
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [

@@ -131,6 +131,7 @@ struct LongRow {
   T inv_a = 0, inv_b = 0;          // p = v inv_a, q = w inv_b
   T s = 0, ratio = 0, offset = 0;  // t = d - s; near: exp(-s), expm1(-s)
   T kl_pq = 0, kl_qp = 0;
+  bool apart = false;  // the rounding of p and q does not show in the gradients
 
   T centre() const { return max_a - max_b; }
   bool within(T low, T high, T centre) const { return double(std::max(high - centre, centre - low)) * inverse <= kNear<T>; }
@@ -350,15 +351,16 @@ void finish_kind(
     const LongRow<T>& row, const Block<T>& block, const S* a, const S* b, int64_t cols, const T* wait_a,
     const T* wait_b, const Wanted<S>& want, const Kept<T>& kept, const Next next, T beta, Totals& totals) {
   const Reader<T, S, given, way, waiting, true> classes(row, block, a, b, wait_a, wait_b);
-  const T scale = row.scale, loss = T(totals.loss), mean_a = T(totals.mean_a), mean_b = T(totals.mean_b);
+  const Gradients<kind, T> given_sums(totals, row.scale);
   S *const grad_a = want.grad_a, *const grad_b = want.grad_b;
   T *const slopes_a = kept.slope_a, *const slopes_b = kept.slope_b;
+  constexpr bool of_slopes = way == Way::apart && !gradients && loss_of_slopes(kind);
   Vec<T> term{}, slope_a{}, slope_b{};
   for_columns<T>(0, cols, row.careful, [&](auto checked, int64_t j, int n) SK_LAMBDA {
     if constexpr (gradients || (!given && keeps(kind))) next.prefetch(j);
     const Classes<T> of = classes.template read<checked>(j, n);
     Parts<T> part = parts<kind, T>(of, beta);
-    if constexpr (sums) term += rounded(part.term);
+    if constexpr (sums && !of_slopes) term += rounded(part.term);
     if constexpr (sums && !gradients) {
       part.slope_a = rounded(part.slope_a), part.slope_b = rounded(part.slope_b);
       slope_a += part.slope_a, slope_b += part.slope_b;
@@ -366,14 +368,15 @@ void finish_kind(
       if (slopes_b) put(slopes_b + j, part.slope_b, n), put(kept.q + j, of.q, n);
     }
     if constexpr (gradients) {
-      if (grad_a) put(grad_a + j, scale * centred<kind, T>(of.p, part.slope_a, mean_a, mean_b, loss), n);
-      if (grad_b) put(grad_b + j, scale * centred<kind, T>(of.q, part.slope_b, mean_b, mean_a, loss), n);
+      if (grad_a) put(grad_a + j, given_sums.a(of, part), n);
+      if (grad_b) put(grad_b + j, given_sums.b(of, part), n);
       if constexpr (given)
-        if (want.both) put(want.both + j, scale * of_both<kind, T>(of, part.term, mean_a, loss), n);
+        if (want.both) put(want.both + j, given_sums.both(of, part), n);
     }
   });
-  if constexpr (sums) totals.loss += reduce_add<T>(term);
+  if constexpr (sums && !of_slopes) totals.loss += reduce_add<T>(term);
   if constexpr (sums && !gradients) totals.mean_a += reduce_add<T>(slope_a), totals.mean_b += reduce_add<T>(slope_b);
+  if constexpr (of_slopes) totals.loss = totals.mean_a + totals.mean_b;
 }
 
 // One side's gradient from what was kept; it may take the slopes' place.
@@ -851,10 +854,8 @@ class LongRows {
       for (int64_t k = 0; k < blocks_; ++k) (this->*sum_)(i, k, look(i, k));
     }
     conclude(row);
+    row.apart = std::min(row.kl_pq, row.kl_qp) >= kApart<T> && !job_.grad_both;  // in both sides' sum it would show
   }
-
-  // Whether the rounding of p and q does not show in the row's gradients; it would in their sum.
-  bool apart(const LongRow<T>& row) const { return std::min(row.kl_pq, row.kl_qp) >= kApart<T> && !job_.grad_both; }
 
   // f(way, waiting, wait_a, wait_b) of a block whose logits are at hand, its exponentials too if they wait
   template <Kind kind, typename F>
@@ -869,7 +870,7 @@ class LongRows {
     };
     if (row.near) return go(std::integral_constant<Way, Way::near>{});
     if constexpr (plain_where_apart(kind))
-      if (apart(row)) return go(std::integral_constant<Way, Way::apart>{});
+      if (row.apart) return go(std::integral_constant<Way, Way::apart>{});
     go(std::integral_constant<Way, Way::far>{});
   }
 
@@ -887,6 +888,11 @@ class LongRows {
               row, row.blocks[k], a_[i], b_[i], size(k), wait_a, wait_b, {}, kept.at(begin(k)), ahead(next, k),
               T(job_.beta), totals);
         });
+      }
+      if (loss_of_slopes(kind) && row.apart && !(totals.loss >= kApart<T> / 8 * job_.greatest)) {
+        row.apart = false;  // classes that hardly count are apart alone
+        for (int64_t k = 0; k < blocks_; ++k) row.blocks[k].done = false;  // what waited has been written over
+        return sum_kind<kind>(i, kept, next);
       }
     }
     return totals;

@@ -40,8 +40,12 @@ inline Totals sums_of(Kind kind, double kl_pq, double kl_qp) {
 // Of the others, whether it takes longer to find a class's slopes anew than to keep them until these sums are known
 constexpr bool keeps(Kind kind) { return kind == Kind::js || kind == Kind::hellinger; }
 
-// Whether p - q of a class may be their plain difference where both divergences are large
-constexpr bool plain_where_apart(Kind kind) { return kind == Kind::symmetric_kl || kind == Kind::total_variation; }
+// Whether p - q of a class may be their plain difference where both divergences are large: not where it alone is a gradient
+constexpr bool plain_where_apart(Kind kind) { return kind != Kind::kl && kind != Kind::reverse_kl; }
+
+// Whether the loss is then taken from the slopes' sums, as q f = p f' + q g: terms of either sign, of which a small loss
+// would have few digits.
+constexpr bool loss_of_slopes(Kind kind) { return keeps(kind); }
 
 }  // namespace smart_kernels
 
@@ -147,6 +151,31 @@ SK_INLINE Vec<T> centred(Vec<T> p, Vec<T> slope, Sum mean, Sum other_mean, Sum l
     return slope - p * mean;
   }
 }
+
+// Both sides' gradients of a row's classes, given its sums, times `scale`
+template <Kind kind, typename T>
+class Gradients {
+ public:
+  Gradients(const Totals& of, T scale) : scale_(scale), mean_a_(T(of.mean_a)), mean_b_(T(of.mean_b)), loss_(T(of.loss)) {}
+  SK_INLINE Vec<T> a(const Classes<T>& of, const Parts<T>& part) const {
+    if constexpr (kind == Kind::total_variation) return of.p * by_sign(of.x, mean_a_, loss_ - mean_b_);
+    else return scale_ * centred<kind, T>(of.p, part.slope_a, mean_a_, mean_b_, loss_);
+  }
+  SK_INLINE Vec<T> b(const Classes<T>& of, const Parts<T>& part) const {
+    if constexpr (kind == Kind::total_variation) return of.q * by_sign(of.x, loss_ - mean_a_, mean_b_);
+    else return scale_ * centred<kind, T>(of.q, part.slope_b, mean_b_, mean_a_, loss_);
+  }
+  SK_INLINE Vec<T> both(const Classes<T>& of, const Parts<T>& part) const {
+    return scale_ * of_both<kind, T>(of, part.term, mean_a_, loss_);
+  }
+
+ private:
+  SK_INLINE Vec<T> by_sign(Vec<T> x, T more, T less) const {
+    const Vec<T> positive = set1(-scale_ * more), negative = set1(-scale_ * less), zero = T(0.5) * (positive + negative);
+    return x > Vec<T>{} ? positive : x < Vec<T>{} ? negative : zero;
+  }
+  const T scale_, mean_a_, mean_b_, loss_;
+};
 
 // f(kind, scaled), both known when compiled: the symmetric KL alone has a version of its own for a temperature of 1.
 template <typename F>
