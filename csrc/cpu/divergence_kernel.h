@@ -244,10 +244,6 @@ void conclude(LongRow<T>& row) {
   row.kl_qp = T(s - q_d);
 }
 
-// How p - q is had: from q alone; from q where |t| is small; as it stands, where both divergences are so large that
-// the rounding of p and q does not show in a gradient.
-enum class Way { near, far, apart };
-
 // Where a block's gradients go, each null if it is not wanted
 template <typename S>
 struct Wanted {
@@ -359,7 +355,7 @@ void finish_kind(
   for_columns<T>(0, cols, row.careful, [&](auto checked, int64_t j, int n) SK_LAMBDA {
     if constexpr (gradients || (!given && keeps(kind))) next.prefetch(j);
     const Classes<T> of = classes.template read<checked>(j, n);
-    Parts<T> part = parts<kind, T>(of, beta);
+    Parts<T> part = parts<kind, T, way>(of, beta);
     if constexpr (sums && !of_slopes) term += rounded(part.term);
     if constexpr (sums && !gradients) {
       part.slope_a = rounded(part.slope_a), part.slope_b = rounded(part.slope_b);
@@ -733,7 +729,7 @@ class LongRows {
         grad_b_{static_cast<char*>(job.grad_b), job.b.dtype()},
         side_(std::min(cols_, kBlock<T>)),
         keeps_(!given && keeps(job.kind) && (job.grad_a || job.grad_b)),
-        room_(new T[2 * (together_ + 1) * side_ + (waits_apart() ? 2 * together_ * cols_ : 0) + (keeps_ ? 2 * cols_ : 0)]),
+        room_(new T[2 * (together_ + 1) * side_ + (waits_apart() || keeps_ ? 2 * together_ * cols_ : 0) + (keeps_ ? 2 * cols_ : 0)]),
         done_(new Block<T>[together_ * blocks_]) {
     sum_ = job.inverse == 1 ? &LongRows::template sum<false> : &LongRows::template sum<true>;
     write_ = with_kind(job.kind, job.inverse != 1, [&](auto kind, auto scaled) { return &LongRows::template write<kind, scaled>; });
@@ -762,8 +758,8 @@ class LongRows {
  private:
   // Of these kinds the loss is summed while the gradients are written, as their sum is not wanted.
   static constexpr bool known(Kind kind) { return !given && known_sums(kind); }
-  bool waits_apart() const { return keeps_ || (job_.wait && (job_.in_place || !(grad_a_.direct() && grad_b_.direct()))); }
-  // Where a row's exponentials wait, if that is not where its gradients go: first those of a, then of b.
+  bool waits_apart() const { return job_.wait && (job_.in_place || !(grad_a_.direct() && grad_b_.direct())); }
+  // Where a row's exponentials wait, if that is not where its gradients go, and what is kept of p and q: first those of a.
   T* room_apart(int i) const { return room_.get() + 2 * (together_ + 1) * side_ + 2 * i * cols_; }
   T* waiting(T* row, int64_t at) const { return job_.wait ? row + at : nullptr; }
   int64_t begin(int64_t block) const { return block * kBlock<T>; }
@@ -791,10 +787,9 @@ class LongRows {
     LongRow<T>& row = rows_[i];
     row = {job_.a.row(index), job_.b.row(index), T(job_.scale * job_.inverse) * scale * factor, job_.inverse};
     if (job_.wait) {
-      const bool elsewhere = job_.in_place || keeps_;
       T* const wait = waits_apart() ? room_apart(i) : nullptr;
-      row.wait_a = elsewhere ? wait : grad_a_.at(index * cols_, wait);
-      row.wait_b = elsewhere ? wait + cols_ : grad_b_.at(index * cols_, wait ? wait + cols_ : nullptr);
+      row.wait_a = job_.in_place ? wait : grad_a_.at(index * cols_, wait);
+      row.wait_b = job_.in_place ? wait + cols_ : grad_b_.at(index * cols_, wait ? wait + cols_ : nullptr);
     }
     row.blocks = done_.get() + i * blocks_;
     row.counts = factor != T(0);
@@ -855,6 +850,7 @@ class LongRows {
     }
     conclude(row);
     row.apart = std::min(row.kl_pq, row.kl_qp) >= kApart<T> && !job_.grad_both;  // in both sides' sum it would show
+    if (job_.in_place && keeps_apart(job_.kind)) row.apart = false;  // what is kept takes the place of logits read again
   }
 
   // f(way, waiting, wait_a, wait_b) of a block whose logits are at hand, its exponentials too if they wait
@@ -889,9 +885,10 @@ class LongRows {
               T(job_.beta), totals);
         });
       }
-      if (loss_of_slopes(kind) && row.apart && !(totals.loss >= kApart<T> / 8 * job_.greatest)) {
+      if (loss_of_slopes(kind) && row.apart && !(totals.loss >= least_apart(kind) * job_.greatest)) {
         row.apart = false;  // classes that hardly count are apart alone
-        for (int64_t k = 0; k < blocks_; ++k) row.blocks[k].done = false;  // what waited has been written over
+        if (kept.p)
+          for (int64_t k = 0; k < blocks_; ++k) row.blocks[k].done = false;  // what waited has been written over
         return sum_kind<kind>(i, kept, next);
       }
     }
@@ -910,9 +907,10 @@ class LongRows {
   // Its loss and its gradients
   template <Kind kind, bool scaled>
   void write(int i, int64_t index, int64_t next) {
-    if (!rows_[i].counts) fill(i, index);
-    else if constexpr (!given && keeps(kind)) write_kept<kind>(i, index, next);
-    else write_blocks<kind, scaled>(i, index, next);
+    if (!rows_[i].counts) return fill(i, index);
+    if constexpr (!given && keeps(kind))
+      if (keeps_apart(kind) || !rows_[i].apart) return write_kept<kind>(i, index, next);
+    write_blocks<kind, scaled>(i, index, next);
   }
 
   // A row with nothing to find out

@@ -37,15 +37,18 @@ inline Totals sums_of(Kind kind, double kl_pq, double kl_qp) {
   return {0, kind == Kind::kl ? 0 : kl_pq, kind == Kind::reverse_kl ? 0 : kl_qp};
 }
 
-// Of the others, whether it takes longer to find a class's slopes anew than to keep them until these sums are known
+// Of the others, whether it takes longer to find a class's slopes anew than to keep them until these sums are known; also
+// where p - q is a plain difference
 constexpr bool keeps(Kind kind) { return kind == Kind::js || kind == Kind::hellinger; }
+constexpr bool keeps_apart(Kind kind) { return kind == Kind::js; }
 
 // Whether p - q of a class may be their plain difference where both divergences are large: not where it alone is a gradient
 constexpr bool plain_where_apart(Kind kind) { return kind != Kind::kl && kind != Kind::reverse_kl; }
 
 // Whether the loss is then taken from the slopes' sums, as q f = p f' + q g: terms of either sign, of which a small loss
-// would have few digits.
-constexpr bool loss_of_slopes(Kind kind) { return keeps(kind); }
+// would have few digits. So the loss must not be below this share of what it is at most.
+constexpr bool loss_of_slopes(Kind kind) { return kind == Kind::js || kind == Kind::hellinger; }
+constexpr double least_apart(Kind kind) { return kind == Kind::js ? 1.0 / 32 : 1.0 / 8; }
 
 }  // namespace smart_kernels
 
@@ -53,6 +56,10 @@ constexpr bool loss_of_slopes(Kind kind) { return keeps(kind); }
 #ifdef SK_ISA
 
 namespace smart_kernels::SK_ISA {
+
+// How p - q is had: from q alone; from q where |t| is small; as it stands, where both divergences are so large that
+// the rounding of p and q does not show in a gradient.
+enum class Way { near, far, apart };
 
 // Some classes: x = p - q and t = log(p / q), with digits that p and q alone have not
 template <typename T>
@@ -108,14 +115,20 @@ SK_INLINE Parts<T> js(const Classes<T>& of, T beta) {
   return {term, -rest * (of.p * log_mp), -beta * (of.q * log_mq)};
 }
 
-// 1/2 sum (sqrt p - sqrt q)^2, by h = expm1(t / 2) where |t| <= 1
-template <typename T>
+// 1/2 sum (sqrt p - sqrt q)^2, by h = expm1(t / 2) where |t| <= 1, unless the rows are so far apart that this does not show
+template <typename T, Way way>
 SK_INLINE Parts<T> hellinger(const Classes<T>& of, T) {
-  const Mask<T> close = vabs<T>(of.t) <= T(1);
-  const Vec<T> h = expm1_small<T>(T(0.5) * of.t), qh = of.q * h;
-  const Vec<T> root = square_root<T>(of.p) * square_root<T>(of.q);
-  const Vec<T> from_p = close ? qh + qh * h : of.p - root, from_q = close ? qh : root - of.q;
-  return {T(0.5) * (close ? qh * h : from_p - from_q), T(0.5) * from_p, T(-0.5) * from_q};
+  constexpr T large = std::is_same_v<T, float> ? T(0x1p60) : T(0x1p500);  // with it no product underflows
+  const Vec<T> root = square_root<T>((of.p * large) * (of.q * large)) * (1 / large);
+  Vec<T> from_p = of.p - root, from_q = root - of.q, term = from_p - from_q;
+  if constexpr (way != Way::apart) {
+    const Mask<T> close = way == Way::near ? ~Mask<T>{} : vabs<T>(of.t) <= T(1);
+    const Vec<T> h = expm1_small<T>(T(0.5) * of.t), qh = of.q * h;
+    from_p = close ? qh + qh * h : from_p;
+    from_q = close ? qh : from_q;
+    term = close ? qh * h : term;
+  }
+  return {T(0.5) * term, T(0.5) * from_p, T(-0.5) * from_q};
 }
 
 // 1/2 sum |p - q|; f' and g but for a constant, so that each sum is that of a side's smaller part (`centred`)
@@ -125,13 +138,13 @@ SK_INLINE Parts<T> total_variation(const Classes<T>& of, T) {
   return {half * vabs<T>(of.x), of.p * (sign - half), -of.q * (sign + half)};
 }
 
-template <Kind kind, typename T>
+template <Kind kind, typename T, Way way = Way::far>
 SK_INLINE Parts<T> parts(const Classes<T>& of, T beta) {
   if constexpr (kind == Kind::symmetric_kl) return symmetric_kl<T>(of, beta);
   else if constexpr (kind == Kind::kl) return kl<T>(of, beta);
   else if constexpr (kind == Kind::reverse_kl) return reverse_kl<T>(of, beta);
   else if constexpr (kind == Kind::js) return js<T>(of, beta);
-  else if constexpr (kind == Kind::hellinger) return hellinger<T>(of, beta);
+  else if constexpr (kind == Kind::hellinger) return hellinger<T, way>(of, beta);
   else return total_variation<T>(of, beta);
 }
 
