@@ -15,9 +15,10 @@ hypothesis.settings.load_profile("default")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each has its share of the cores
     torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from interpreter import patch_the_language_once
+    from interpreter import patch_the_language_once, remember_shapes
 
     patch_the_language_once()
+    remember_shapes()
 os.environ.pop("PYTEST_ADDOPTS", None)  # of this run, not of one that a test starts
 
 
