@@ -51,19 +51,23 @@ def remember_shapes() -> None:
         return numpy_types[name]
 
     def broadcast_unless_alike(self: Any, lhs: Any, rhs: Any) -> Any:
-        if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape == rhs.type.shape:
+        if sizes_of(lhs.type) == sizes_of(rhs.type):
             return lhs, rhs
         return broadcast(self, lhs, rhs)
 
+    def sizes_of(type: Any) -> Any:
+        return vars(type).get("sizes", ())
+
     def type_once(self: Any, element_ty: Any, shape: Any) -> None:
-        key = element_ty.name, tuple(int(getattr(size, "value", size)) for size in shape)
+        sizes = tuple([int(getattr(size, "value", size)) for size in shape])
+        key = element_ty.name, sizes
         if key not in types:
             of_block(self, element_ty, shape)
-            types[key] = dict(vars(self))
-        vars(self).update(types[key])
+            types[key] = {**vars(self), "sizes": sizes}
+        vars(self).update(types[key], element_ty=element_ty)
 
     def shape_once(self: Any, handle: Any, type: Any) -> None:
-        key = type.shape if type.is_block() else ()
+        key = sizes_of(type)
         if key not in shapes:
             make(self, handle, type)
             shapes[key] = {"shape": self.shape, "numel": self.numel}
