@@ -12,7 +12,7 @@ import torch
 from smart_models import Encoder, batch_for
 
 from smart_kernels import Smart, SmartConfig
-from smart_kernels.smart.effect import NOTHING, SOMETHING
+from smart_kernels.smart.effect import FORGOTTEN, NOTHING, SOMETHING
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PATTERN = re.compile(r"lambda_s \* R_s is (\S+) of .*(epsilon|noise_std)=(\S+)\..* (epsilon|noise_std)=(\S+) would")
@@ -118,3 +118,29 @@ def test_lightning_says_so_at_the_end_of_the_first_epoch(tmp_path: Path) -> None
     assert float(metrics["smoothness_share"]) == pytest.approx(
         float(metrics["smoothness"] / metrics["task_loss"]), rel=1e-6
     )
+
+
+@pytest.mark.parametrize("accumulated", [1, 4])
+@pytest.mark.parametrize(
+    ("settings", "calls_update", "expected"),
+    [({}, False, 1), ({"proximal": "vanilla"}, False, 1), ({}, True, 0), ({"mu": 0.0}, False, 0)],
+)
+def test_a_teacher_that_is_never_renewed_is_told_of(
+    settings: dict[str, Any], calls_update: bool, expected: int, accumulated: int
+) -> None:
+    """A loop without `update` trains, and holds the model to where it began."""
+    torch.manual_seed(0)
+    model = Encoder()
+    smart = Smart(model, SmartConfig(adversary="random", **settings), 100)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range((2 * FORGOTTEN + 2) * accumulated):
+            smart(batch_for(model, seed=i)).loss.backward()
+            if i % accumulated == accumulated - 1:
+                optimizer.step()
+                if calls_update:
+                    smart.update()
+            told = [str(w.message) for w in caught if "update() has not been called" in str(w.message)]
+            assert not told or i >= FORGOTTEN * accumulated
+    assert len(told) == expected

@@ -1,4 +1,4 @@
-"""Whether the smoothness term is large enough to do anything, and the radius at which it would be."""
+"""Whether the terms do anything: R_s at this radius, and which radius would; the teacher, if it is ever renewed."""
 
 from __future__ import annotations
 
@@ -6,16 +6,49 @@ import math
 import warnings
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smart_kernels.smart.config import SmartConfig
 from smart_kernels.smart.parallel import rank
+from smart_kernels.smart.state import version
 
 NOTHING = 1e-4
 """lambda_s R_s over the task loss: below, the term does nothing."""
 
 SOMETHING = 1e-2
 """The same where it does something: what the radius is named for."""
+
+
+FORGOTTEN = 10
+"""Changes of the parameters with no call of `update`: nobody takes so many steps before the first."""
+
+
+class Renewal:
+    """Says once if the parameters change and change, and the teacher is never renewed.
+
+    Args:
+        model: the model that is trained.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._last, self._changes = self._count(), 0
+
+    def _count(self) -> int:
+        return sum(map(version, self._parameters))
+
+    def look(self, updates: int) -> None:
+        """Warn, in the first process, in the step that comes after so many changes with no update."""
+        if updates or self._changes == FORGOTTEN:
+            return
+        count = self._count()
+        self._changes, self._last = self._changes + (count != self._last), count
+        if self._changes == FORGOTTEN and not rank():
+            warnings.warn(
+                f"the parameters have changed {FORGOTTEN} times and update() has not been called: the proximal term "
+                "holds the model to what it was at the start. Call smart.update() after each step of the optimiser",
+                stacklevel=4,
+            )
 
 
 class Effect:

@@ -19,7 +19,7 @@ from smart_kernels.smart.adversary import Deltas, find_perturbation
 from smart_kernels.smart.check import check_connected, check_moves, check_zero
 from smart_kernels.smart.config import AT_CLEAN, SmartConfig
 from smart_kernels.smart.divergence import Classes, Divergence, choose_divergence
-from smart_kernels.smart.effect import Effect
+from smart_kernels.smart.effect import Effect, Renewal
 from smart_kernels.smart.embedding import EmbeddingCall, find_embedding, warn_if_unresolved
 from smart_kernels.smart.gradients import like, without_autocast
 from smart_kernels.smart.head import BehindHead, find_head
@@ -170,6 +170,7 @@ class Smart:
         self.generator = torch.Generator(device).manual_seed((torch.initial_seed() + 0x9E3779B9 * (1 + rank())) % 2**63)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._effect = Effect(config, num_training_steps, device)
+        self._renewal = None if self.teacher is None else Renewal(model)
 
     def __call__(
         self,
@@ -277,6 +278,8 @@ class Smart:
 
     def _step(self, batch: Any, options: Options, ahead: bool, **how: Any) -> SmartOutput:
         self._check_model()
+        if self._renewal is not None:
+            self._renewal.look(self._updates)
         with self._passes.step():
             step = Step(self, batch, options, ahead, **how).run()
         self.steps += 1
