@@ -213,7 +213,7 @@ def centred(kind: int, p: Tensor, slope: Tensor, mean: Tensor, other_mean: Tenso
     if list(KINDS)[kind] == "total_variation":
         # f' is 0, -1 or, where p = q, -1/2. If nearly all p have one sign, f' - sum p f' would cancel; 1 + sum p f' is:
         other = loss - other_mean
-        return -p * torch.where(slope == 0, mean, torch.where(slope == -p, other, 0.5 * (mean + other)))
+        return -p * torch.where(slope == -0.5 * p, 0.5 * (mean + other), torch.where(slope == 0, mean, other))
     return slope - p * mean
 
 
@@ -271,7 +271,8 @@ def _divergence_rows(
     The `difference` of the logits, where it is given, has digits that they have not.
     """
     dtype = compute_dtype(input)
-    a, b = input.to(dtype), target.to(dtype)
+    # Strides decide the order in which torch adds up: with their own, equal logits would have sums that differ.
+    a, b = input.to(dtype).contiguous(), target.to(dtype).contiguous()
     absent = (a == -math.inf) & (b == -math.inf)  # classes masked on both sides
     d = torch.where(absent, 0, a - b if difference is None else difference)
     max_a = a.amax(-1, keepdim=True)

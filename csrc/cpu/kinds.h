@@ -159,7 +159,7 @@ template <Kind kind, typename T, typename Sum>
 SK_INLINE Vec<T> centred(Vec<T> p, Vec<T> slope, Sum mean, Sum other_mean, Sum loss) {
   if constexpr (kind == Kind::total_variation) {
     const Sum other = loss - other_mean, both = T(0.5) * (mean + other);
-    return -p * (slope == Vec<T>{} ? mean + Vec<T>{} : slope == -p ? other + Vec<T>{} : both + Vec<T>{});
+    return -p * (slope == T(-0.5) * p ? both + Vec<T>{} : slope == Vec<T>{} ? mean + Vec<T>{} : other + Vec<T>{});
   } else {
     return slope - p * mean;
   }

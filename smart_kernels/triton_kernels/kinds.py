@@ -89,7 +89,7 @@ def centred(p, slope, mean, other_mean, loss, KIND: tl.constexpr):
     """A side's p (f' - Σ p f'), given the sums of both sides; see `reference.centred`."""
     if KIND == "total_variation":
         other = loss - other_mean
-        return -p * tl.where(slope == 0, mean, tl.where(slope == -p, other, 0.5 * (mean + other)))
+        return -p * tl.where(slope == -0.5 * p, 0.5 * (mean + other), tl.where(slope == 0, mean, other))
     else:  # noqa: RET505 - as above
         return slope - p * mean
 
