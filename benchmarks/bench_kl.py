@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import limit
 import real_data
 from harness import (
     OURS,
@@ -367,6 +368,10 @@ def measure_speed(report: Report, args: argparse.Namespace, progress: Callable[[
         ]
         if not both:
             peers[-1] = Peer(OURS, symmetric_kl_grad)
+        elif args.limit and classes < LONG:
+            peers.insert(-1, Peer(f"{limit.KIND}, by autograd", partial(gradients, limit.product), limit.KIND))
+        elif args.limit and dtype_name != "fp16":
+            peers[-1:-1] = limit.peers()
 
         def inputs(
             size: tuple[int, int] = (rows, classes), dtype: torch.dtype = dtype, both: bool = both
@@ -410,6 +415,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     extent.add_argument("--full", action="store_true", help="more rounds; the default on a GPU")
     parser.set_defaults(full=None)
     parser.add_argument("--skip-accuracy", action="store_true", help="speed alone")
+    parser.add_argument("--limit", action="store_true", help="beside all, on a CPU: their loads and stores alone")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and figures (%(default)s)")
     args = parser.parse_args(argv)
     try:
@@ -418,6 +424,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         torch.empty(1, device=args.device)
     except (AssertionError, RuntimeError) as error:
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if args.limit and torch.device(args.device).type != "cpu":
+        parser.error("--limit: the loop is for --device cpu")
     if args.full is None:
         args.full = torch.device(args.device).type != "cpu"
     return args
