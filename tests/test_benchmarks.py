@@ -23,6 +23,7 @@ import bench_kl
 import bench_linear
 import bench_perturbation
 import harness
+import limit
 import real_data
 import runs
 from harness import Case, Peer, Report, Timing
@@ -551,6 +552,27 @@ def test_bench_kl_is_a_command_that_runs_from_any_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "torch.compile, product is left out: " in done.stdout
     assert (tmp_path / "made" / "bench_kl.json").is_file()
+
+
+@pytest.mark.parametrize("cols", [70, 1000, 4099])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("way", "readings"), [("waiting", 2), ("anew", 1)])
+def test_the_limit_reads_and_writes_all_there_is(way, readings, dtype, cols):
+    """Each result is the class's logit, twice where it waited as well, and the sum of the row's whole vectors."""
+    a, b = (torch.randint(-1, 2, (5, cols)).to(dtype) for _ in range(2))  # bf16 holds the sums
+    for x, found in zip((a, b), limit.loop(way, 2)(a, b), strict=True):
+        sums = x[:, : cols // 64 * 64].float().sum(-1, keepdim=True)
+        assert torch.equal(found, (readings * x.float() + sums).to(dtype))
+
+
+def test_bench_kl_beside_its_limit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    bench_kl.main(["--limit", "--skip-accuracy", "--shapes", "4x3", "4x1000", "--out", str(tmp_path)])
+    table = capsys.readouterr().out
+    assert table.count("loads and stores alone, by autograd") == 2  # both dtypes, not one gradient alone
+    assert table.count("loads and stores alone, waiting") == table.count("loads and stores alone, anew") == 2
+    with pytest.raises(SystemExit):
+        bench_kl.main(["--limit", "--device", "cuda"])
 
 
 @pytest.mark.parametrize("scope", ["sample", "token"])
