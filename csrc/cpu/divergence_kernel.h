@@ -729,7 +729,8 @@ class LongRows {
         grad_b_{static_cast<char*>(job.grad_b), job.b.dtype()},
         side_(std::min(cols_, kBlock<T>)),
         keeps_(!given && keeps(job.kind) && (job.grad_a || job.grad_b)),
-        room_(new T[2 * (together_ + 1) * side_ + (waits_apart() || keeps_ ? 2 * together_ * cols_ : 0) + (keeps_ ? 2 * cols_ : 0)]),
+        room_(new T[2 * (together_ + 1) * side_ + (waits_apart() || keeps_ ? 2 * together_ * cols_ : 0) +
+                    (keeps_ ? 2 * cols_ : 0)]),
         done_(new Block<T>[together_ * blocks_]) {
     sum_ = job.inverse == 1 ? &LongRows::template sum<false> : &LongRows::template sum<true>;
     write_ = with_kind(job.kind, job.inverse != 1, [&](auto kind, auto scaled) { return &LongRows::template write<kind, scaled>; });
