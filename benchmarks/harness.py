@@ -819,8 +819,10 @@ def draw_bar(axis: Any, y: float, ratios: Sequence[float], name: str, colour: st
 
 def finish(figure: Any, title: str, caption: str, handles: Sequence[Any], names: Sequence[str]) -> None:
     """Title and caption above, legend below, nothing overlapping."""
-    height = figure.get_size_inches()[1]
-    figure.tight_layout(rect=(0, 0.35 / height, 1, 1 - 0.75 / height), w_pad=2.5)
+    width, height = figure.get_size_inches()
+    columns = min(len(names), max(1, int(width / 1.7)))  # as many as fit side by side
+    below = 0.35 + 0.2 * (math.ceil(len(names) / columns) - 1)
+    figure.tight_layout(rect=(0, below / height, 1, 1 - 0.75 / height), w_pad=2.5)
     figure.text(0.01, 1 - 0.1 / height, title, fontsize=14, fontweight="bold", va="top", color="#111111")
     figure.text(0.01, 1 - 0.42 / height, caption, fontsize=8.5, va="top", color="#666666")
-    figure.legend(handles, names, loc="lower center", ncols=len(names), bbox_to_anchor=(0.5, 0), fontsize=9)
+    figure.legend(handles, names, loc="lower center", ncols=columns, bbox_to_anchor=(0.5, 0), fontsize=9)
