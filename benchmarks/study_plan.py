@@ -97,13 +97,18 @@ MARGIN = 0.0
 """Points of development score by which a method may be behind plain fine-tuning; it is screened out below. What is
 tuned over more settings is favoured by the choice, so that one that is behind even so is unlikely to be ahead."""
 
-EVERYWHERE = (PLAIN, "SMART, paper")
-BEST = 2
-"""Where settings are not screened go those of EVERYWHERE, and so many of the other finalists: the best on development
-data where they are screened."""
+EVERYWHERE = (PLAIN, "SMART, paper", "D_Breg", "R_s, predicted")
+"""What goes to all cells, whatever any data say: plain fine-tuning, the published method, and each of its terms alone
+with the settings chosen for it. All methods are compared at HOME only."""
+
+HOME = Cell("trec", 100)
+"""Where settings are screened and every method is tuned. They are carried to the other cells, where plain alone is
+tuned."""
 
 CELLS = (
-    *(Cell("trec", size) for size in (100, 300, 50)),
+    HOME,
+    Cell("trec", 300),
+    Cell("trec", 50),
     Cell("trec", 100, 0.3),
     Cell("stsb", 100),
     Cell("trec", 1000),
@@ -112,23 +117,23 @@ CELLS = (
 )
 """In the order in which they are wanted."""
 
-SCREENED = 100
-"""Settings are screened, and the factors below tuned, at this size, and carried on; plain is tuned at each size."""
-
 SEEDS = {50: 10, 100: 10, 300: 10, 1000: 5}
 TUNING_SEEDS = (100, 101, 102)
 """Other seeds than those of final runs: other examples, heads and orders."""
 
-GRID = {
-    50: ((1.5e-4, 3e-4), (40, 20)),
-    100: ((3e-4, 1.5e-4, 6e-4), (10, 20, 5)),
-    300: ((1.5e-4, 3e-4), (16, 8)),
-    1000: ((1.5e-4, 3e-4), (6, 3)),
+GRID: tuple[Sequence[float], Sequence[int]] = ((3e-4, 1.5e-4, 6e-4), (10, 20, 5))
+"""Learning rates and epochs that plain fine-tuning is tuned over at HOME."""
+
+ELSEWHERE: Mapping[int, tuple[Sequence[float], Sequence[int]]] = {
+    50: ((7.5e-5, 1.5e-4), (80, 40)),
+    100: ((7.5e-5, 1.5e-4), (40, 20, 10)),
+    300: ((7.5e-5, 1.5e-4), (16, 8)),
+    1000: ((7.5e-5, 1.5e-4), (6, 3)),
 }
-"""Learning rates and epochs that plain fine-tuning is tuned over; elsewhere fewer, about the best at SCREENED."""
+"""In the other cells, by size: about the best of HOME, and about as many steps."""
 
 NEIGHBOURS = ((1.0, 1), (2.0, 1), (0.5, 2), (1.0, 2))
-"""Factors on plain's learning rate and epochs that every method is tuned over, plain beside its grid."""
+"""Factors on the best of the grid that every method is tuned over at HOME, plain beside its grid."""
 
 
 # -------------------------------------------------------------------------- how it is chosen: this screen is all
@@ -147,9 +152,10 @@ class LackingRunsError(Exception):
     """The runs that something is chosen by are not all there."""
 
 
-def home_of(task: str) -> Cell:
-    """Where a task's settings are screened."""
-    return Cell(task, SCREENED)
+def grid(cell: Cell) -> list[tuple[float, int]]:
+    """Learning rates and epochs that plain fine-tuning is tuned over in a cell."""
+    rates, epochs = GRID if cell == HOME else ELSEWHERE[cell.size]
+    return [(rate, number) for number in epochs for rate in rates]
 
 
 def development_runs(cell: Cell, trial: Trial) -> list[Run]:
@@ -174,78 +180,74 @@ def pick(results: Results, cell: Cell, trials: Sequence[Trial]) -> Generator[Run
     return max(trials, key=lambda trial: development_score(results, cell, trial))
 
 
-def tuned_plain(results: Results, cell: Cell) -> Generator[Run, None, Trial]:
+def best_of_grid(results: Results, cell: Cell) -> Generator[Run, None, Trial]:
     """Plain fine-tuning at the best pair of the grid, around which every method is tuned."""
-    rates, epochs = GRID[cell.size]
-    settings = METHODS[0].settings
-    return (yield from pick(results, cell, [Trial(settings, r, e) for e in epochs for r in rates]))
+    return (yield from pick(results, cell, [Trial(METHODS[0].settings, *pair) for pair in grid(cell)]))
+
+
+def neighbours(best: Trial) -> list[tuple[float, int]]:
+    """Rates and epochs that every method is tuned over where settings are screened."""
+    return [(best.lr * rate, best.epochs * more) for rate, more in NEIGHBOURS]
 
 
 def plain_pairs(best: Trial, cell: Cell) -> list[tuple[float, int]]:
-    """Rates and epochs that plain fine-tuning is tuned over: the grid, and what all have around the best of it."""
-    rates, epochs = GRID[cell.size]
-    pairs = [(r, e) for e in epochs for r in rates]
-    return list(dict.fromkeys(pairs + [(best.lr * rate, best.epochs * more) for rate, more in NEIGHBOURS]))
+    """Rates and epochs that plain fine-tuning is tuned over: the grid, and what the others have."""
+    others = neighbours(best) if cell == HOME else []
+    return list(dict.fromkeys(grid(cell) + others))
 
 
-def screened(results: Results, method: Method, task: str) -> Generator[Run, None, dict[str, Any]]:
+def screened(results: Results, method: Method) -> Generator[Run, None, dict[str, Any]]:
     """A method's settings: those it begins with, then coordinate by coordinate, with plain's rate and epochs."""
-    cell = home_of(task)
     settings: dict[str, Any] = {}
     for name in method.begin:
-        other = yield from screened(results, named(name), task)
+        other = yield from screened(results, named(name))
         if settings:  # a term that is off in one of several is on in another
             both = [settings, other]
             settings, other = ({k: v for k, v in x.items() if k not in WEIGHTS_OF_TERMS or v} for x in both)
         settings |= other
     settings |= method.settings
     for alternatives in method.screens:
-        plain = yield from tuned_plain(results, cell)
+        plain = yield from best_of_grid(results, HOME)
         trials = [Trial(settings | alternative, plain.lr, plain.epochs) for alternative in alternatives]
-        settings = dict((yield from pick(results, cell, trials)).settings)
+        settings = dict((yield from pick(results, HOME, trials)).settings)
     return settings
 
 
 def tuned(results: Results, method: Method, cell: Cell) -> Generator[Run, None, Trial]:
-    """A method's settings with learning rate and epochs for a cell: each method has the same budget, plain more."""
-    here = yield from tuned_plain(results, cell)
-    if method.settings == METHODS[0].settings:  # the grid, and what the others have around the best of it
-        averages = AVERAGES if method.averaged else (0.0,)
-        trials = [Trial(method.settings, *pair, a) for pair in plain_pairs(here, cell) for a in averages]
-        return (yield from pick(results, cell, trials))
-    settings = yield from screened(results, method, cell.task)
-    home = home_of(cell.task)
-    there = yield from tuned_plain(results, home)
-    kind = -1.0 if method.averaged else 0.0
-    trials = [Trial(settings, there.lr * rate, there.epochs * more, kind) for rate, more in NEIGHBOURS]
-    rate, more = NEIGHBOURS[trials.index((yield from pick(results, home, trials)))]
-    return Trial(settings, here.lr * rate, here.epochs * more, kind)
+    """A method's settings with learning rate and epochs for a cell: each method has the same budget, plain more.
+
+    Where settings are screened a method is tuned, too. Elsewhere plain alone is: the others take the settings, and the
+    rate and epochs in units of plain's, that were chosen for them there.
+    """
+    plain = METHODS[0]
+    if method.settings == plain.settings or cell == HOME:
+        best = yield from best_of_grid(results, cell)
+        if method.settings == plain.settings:
+            pairs, averages = plain_pairs(best, cell), AVERAGES if method.averaged else (0.0,)
+        else:
+            pairs, averages = neighbours(best), (-1.0 if method.averaged else 0.0,)
+        settings = yield from screened(results, method)
+        return (yield from pick(results, cell, [Trial(settings, *pair, a) for pair in pairs for a in averages]))
+    there, plain_there = (yield from tuned(results, method, HOME)), (yield from tuned(results, plain, HOME))
+    here = yield from tuned(results, plain, cell)
+    rate, more = there.lr / plain_there.lr, there.epochs / plain_there.epochs
+    return there._replace(lr=here.lr * rate, epochs=max(1, round(here.epochs * more)))
 
 
-def is_finalist(results: Results, method: Method, task: str) -> Generator[Run, None, bool]:
-    """Whether a method goes to the test set at home: always, or not too far behind plain on development data."""
+def is_finalist(results: Results, method: Method, cell: Cell) -> Generator[Run, None, bool]:
+    """Whether a method goes to the test set: at HOME always, or not too far behind plain on development data; elsewhere
+    those of EVERYWHERE."""
+    if cell != HOME:
+        return method.name in EVERYWHERE
     if method.always:
         return True
-    cell = home_of(task)
     own, plain = (yield from tuned(results, method, cell)), (yield from tuned(results, METHODS[0], cell))
     return development_score(results, cell, own) >= development_score(results, cell, plain) - MARGIN
 
 
-def is_carried(results: Results, method: Method, task: str) -> Generator[Run, None, bool]:
-    """Whether a finalist goes to the test set in the other cells of its task, too."""
-    if method.name in EVERYWHERE:
-        return True
-    home, scores = home_of(task), {}
-    for other in METHODS:
-        if other.name not in EVERYWHERE and (yield from is_finalist(results, other, task)):
-            scores[other.name] = development_score(results, home, (yield from tuned(results, other, home)))
-    return method.name in sorted(scores, key=scores.__getitem__, reverse=True)[:BEST]
-
-
 def final(results: Results, method: Method, cell: Cell) -> Generator[Run, None, list[Run]]:
     """All runs of a method in a cell; returns those on the test set, none where it was screened out."""
-    goes = is_finalist if cell == home_of(cell.task) else is_carried
-    if not (yield from goes(results, method, cell.task)):
+    if not (yield from is_finalist(results, method, cell)):
         return []
     trial = yield from tuned(results, method, cell)
     task, size, noise = cell

@@ -17,36 +17,33 @@ from typing import Any, NamedTuple
 
 from harness import COLOURS, OUR_COLOUR, finish, format_table, plotting
 from study_plan import (
-    BEST,
     CELLS,
-    GRID,
+    HOME,
     MARGIN,
     METHODS,
     NEIGHBOURS,
     PLAIN,
-    SCREENED,
     TUNING_SEEDS,
     Cell,
     Method,
     Results,
     Trial,
+    best_of_grid,
     core_hours,
     development_score,
     final,
-    home_of,
+    grid,
     is_finalist,
     named,
     outcome,
     plain_pairs,
     remaining,
     tuned,
-    tuned_plain,
 )
 from study_run import AVERAGES, CORRUPTED, DEVELOPMENT, GROUPED, Run, passes
 
 SIGNIFICANT = 0.05
 QUICK = (PLAIN, "plain, averaged", "SMART, paper")
-QUICK_CELL = home_of("trec")
 DRAWN = (PLAIN, "plain, averaged", "SMART, paper", "SMART, tuned", "R_s, predicted", "D_Breg", "R3F")
 """What the figure has of the methods: no more than can be told apart."""
 
@@ -313,7 +310,7 @@ def development_table(results: Results, cell: Cell) -> str:
 
 def edge_text(results: Results, cell: Cell) -> str:
     """Which pair is plain's, and whether better ones may lie beyond the grid."""
-    best, plain = outcome(tuned_plain(results, cell)), outcome(tuned(results, METHODS[0], cell))
+    best, plain = outcome(best_of_grid(results, cell)), outcome(tuned(results, METHODS[0], cell))
     if plain is None:
         return "Plain fine-tuning is not tuned yet."
     tried = zip(*plain_pairs(best, cell), strict=True)
@@ -331,14 +328,12 @@ def trial_key(trial: Trial) -> str:
 def screened_out(results: Results) -> list[str]:
     """Which methods did not come to the test set, and by what figure."""
     lines = []
-    for task in dict.fromkeys(cell.task for cell in CELLS):
-        cell = home_of(task)
-        for method in METHODS:
-            if outcome(is_finalist(results, method, task)) is False:
-                own, plain = (
-                    development_score(results, cell, outcome(tuned(results, m, cell))) for m in (method, METHODS[0])
-                )
-                lines.append(f"{method.name} ({cell_title(cell)}): {own:.1f} on development data, plain {plain:.1f}")
+    for method in METHODS:
+        if outcome(is_finalist(results, method, HOME)) is False:
+            own, plain = (
+                development_score(results, HOME, outcome(tuned(results, m, HOME))) for m in (method, METHODS[0])
+            )
+            lines.append(f"{method.name} ({cell_title(HOME)}): {own:.1f} on development data, plain {plain:.1f}")
     return lines
 
 
@@ -364,16 +359,16 @@ PROTOCOL = f"""\
   1 379 pairs to test on).
   A seed gives training examples, head, order and dropout masks; all methods share them.
 - **Tuning.** {DEVELOPMENT} examples are split from the training pool, and {len(TUNING_SEEDS)} seeds that no final run
-  has are measured on them. Plain fine-tuning is tuned over nine pairs of learning rate and epochs at {SCREENED}
-  examples, over four elsewhere. A method's settings are screened at {SCREENED} examples with the best of these, one
+  has are measured on them. Everything is chosen on TREC-6 with {HOME.size} examples: plain fine-tuning is tuned over
+  {len(grid(HOME))} pairs of learning rate and epochs; a method's settings are screened with the best of these, one
   coordinate after the other, then its pair is tuned over {len(NEIGHBOURS)}: that one, and factors on it of
-  {", ".join(f"({rate:g}, {epochs})" for rate, epochs in NEIGHBOURS[1:])}; plain's, too,
-  beside those. Settings and factors are carried to the other sizes.
+  {", ".join(f"({rate:g}, {epochs})" for rate, epochs in NEIGHBOURS[1:])}; plain's, too, beside those.
+  In every other cell plain alone is tuned, over four to six pairs; the others take the settings that were chosen for
+  them, and plain's pair times the factors that were best for them.
   `study_plan.py` has it in one screen; `pick` is the only place where anything is chosen.
-- **Test.** What is no more than {MARGIN:g} points behind plain on development data goes to the test set,
-  with 10 seeds (5 at 1 000 examples). Plain, its average and the paper's SMART go there in any case. To the other
-  sizes and to wrong labels go plain, the paper's SMART, and the {BEST} others that are best on development data at
-  {SCREENED} examples.
+- **Test.** On TREC-6 with {HOME.size} examples plain, its average and the paper's SMART go to the test set, and of all
+  others what is no more than {MARGIN:g} points behind plain on development data. Everywhere else go plain, the paper's
+  SMART, and each of its terms alone, whatever any data say. 10 seeds, at 1 000 examples 5.
 - **Statistics.** Differences from plain by seed, with 95 % confidence intervals and p-values of the paired t-test.
   The p-values are corrected by Holm's way for the methods of a table, each measure for itself; the intervals are not. A
   star means p < {SIGNIFICANT}. With wrong labels among the training examples, those of the development set are right.
@@ -434,7 +429,7 @@ def figure(results: Results) -> Any:
             return None
         palette = dict(zip(DRAWN, ("#222222", COLOURS[0], COLOURS[1], OUR_COLOUR, *COLOURS[2:]), strict=False))
         drawn, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.6))
-        place = SCREENED if rows[SCREENED] else next(size for size in sizes if rows[size])
+        place = HOME.size if rows[HOME.size] else next(size for size in sizes if rows[size])
         for number, name in enumerate(names):
             found = {s: r.values for s in sizes for r in rows[s] if r.method.name == name}
             # side by side, that intervals do not hide each other
@@ -484,12 +479,11 @@ def write(results: Results, folder: Path) -> str:
 
 def repeated(results: Results, seeds: Iterable[int]) -> dict[str, list[Run]]:
     """Runs of some methods with other seeds, by method: as they are tuned or, before that, with the first pair."""
-    task, size, noise = QUICK_CELL
+    task, size, noise = HOME
     runs, seeds = {}, list(seeds)
     for method in map(named, QUICK):
-        rates, epochs = GRID[size]
-        first = Trial(method.settings, rates[0], epochs[0], AVERAGES[-1] if method.averaged else 0.0)
-        trial = outcome(tuned(results, method, QUICK_CELL)) or first
+        first = Trial(method.settings, *grid(HOME)[0], AVERAGES[-1] if method.averaged else 0.0)
+        trial = outcome(tuned(results, method, HOME)) or first
         own = trial.settings, trial.lr, trial.epochs
         runs[method.name] = [Run(task, size, *own, seed, "test", noise, trial.average) for seed in seeds]
     return runs
@@ -497,11 +491,11 @@ def repeated(results: Results, seeds: Iterable[int]) -> dict[str, list[Run]]:
 
 def quick_table(study: Results, results: Results, runs: Mapping[str, Sequence[Run]]) -> str:
     """What was found with other seeds, beside the study's interval."""
-    rows = finished(study, QUICK_CELL)
+    rows = finished(study, HOME)
     complete = {row.method.name for row in rows}
     new = {name: values_of(results, chosen) for name, chosen in runs.items()}
     lines: list[list[str] | None] = []
-    for measure in MEASURES[QUICK_CELL.task]:
+    for measure in MEASURES[HOME.task]:
         for name, values in new.items():
             text = f"{statistics.fmean(values[measure.key]):{measure.form}}"
             if name == PLAIN:
@@ -513,5 +507,5 @@ def quick_table(study: Results, results: Results, runs: Mapping[str, Sequence[Ru
             lines.append(["", name, text, difference_text(paired(ours, theirs), measure), known])
     seeds = len(next(iter(runs.values())))
     shares = ", ".join(f"{name} {statistics.fmean(v['share']):.0e}" for name, v in new.items() if any(v["share"]))
-    columns = [cell_title(QUICK_CELL), "method", "mean", f"against plain, {seeds} new seeds", "in the study"]
+    columns = [cell_title(HOME), "method", "mean", f"against plain, {seeds} new seeds", "in the study"]
     return f"{format_table(columns, lines)}\n\nλ_s R_s over the task loss in the last epoch: {shares}"

@@ -168,7 +168,7 @@ def test_every_method_has_the_same_budget_and_plain_more(finished: dict[str, Any
     pairs: dict[str, set[tuple[float, int]]] = {}
     for key in finished:
         run = Run(**json.loads(key))
-        if run.part == "dev" and run.size == study_plan.SCREENED:
+        if run.part == "dev" and run.size == study_plan.HOME.size:
             pairs.setdefault(json.dumps(run.settings, sort_keys=True), set()).add((run.lr, run.epochs))
     for method in study_plan.METHODS:
         settings = outcome(study_plan.tuned(finished, method, CELLS[0])).settings
@@ -186,13 +186,31 @@ def test_what_is_far_behind_does_not_come_to_the_test_set() -> None:
     assert any(line.startswith("R_s, predicted (") for line in study_report.screened_out(results))
 
 
+def test_elsewhere_go_fixed_methods_as_they_are_tuned_at_home() -> None:
+    results = complete({}, CELLS, predicted=-5.0)  # behind on all development data
+    home, cell = CELLS
+    names = [row.method.name for row in study_report.finished(results, cell)]
+    assert names == list(study_plan.EVERYWHERE)
+    plain, plain_there = (outcome(study_plan.tuned(results, PLAIN, c)) for c in (cell, home))
+    assert (plain.lr, plain.epochs) in study_plan.grid(cell)
+    for method in map(study_plan.named, study_plan.EVERYWHERE[1:]):
+        own, there = (outcome(study_plan.tuned(results, method, c)) for c in (cell, home))
+        assert own.settings == there.settings
+        assert own.lr / plain.lr == pytest.approx(there.lr / plain_there.lr)
+        assert own.epochs == round(plain.epochs * there.epochs / plain_there.epochs)
+    tried = [Run(**json.loads(key)) for key in results]
+    assert {json.dumps(r.settings) for r in tried if r.size == cell.size and r.part == "dev"} == {
+        json.dumps(PLAIN.settings)
+    }
+
+
 def test_methods_that_begin_with_others_have_the_terms_of_both(finished: dict[str, Any]) -> None:
-    both = outcome(study_plan.screened(finished, study_plan.named("SMART, tuned"), "trec"))
+    both = outcome(study_plan.screened(finished, study_plan.named("SMART, tuned")))
     proximal, smooth = (
-        outcome(study_plan.screened(finished, study_plan.named(name), "trec")) for name in ("D_Breg", "R_s, predicted")
+        outcome(study_plan.screened(finished, study_plan.named(name))) for name in ("D_Breg", "R_s, predicted")
     )
     assert both == {**proximal, **smooth, "mu": proximal["mu"], "lambda_s": smooth["lambda_s"]}
-    detached = outcome(study_plan.screened(finished, study_plan.METHODS[-3], "trec"))
+    detached = outcome(study_plan.screened(finished, study_plan.METHODS[-3]))
     assert detached == {**smooth, "detach_clean": True}
 
 
