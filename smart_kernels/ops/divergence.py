@@ -85,7 +85,7 @@ def divergence(
     weight = _check(input, target, weight, reduction, detach_targets)
     if detach_targets and kind != "symmetric_kl":
         detach_targets, target = False, target.detach()
-    return _loss(input, target, weight, reduction, detach_targets, KIND[kind], float(beta), float(temperature))
+    return _loss(input, target, weight, reduction, detach_targets, (KIND[kind], float(beta), float(temperature)))
 
 
 def _loss(
@@ -94,19 +94,19 @@ def _loss(
     weight: Tensor | None,
     reduction: str,
     detach_targets: bool,
-    kind: int = 0,
-    beta: float = 0.5,
-    temperature: float = 1.0,
+    options: tuple[int, float, float] | tuple[()] = (),
 ) -> Tensor:
-    """The loss of arguments that are checked, by the op that serves best."""
-    options = REDUCTION[reduction], detach_targets, kind, beta, temperature
+    """The loss of arguments that are checked, by the op that serves best.
+
+    The options are kind, beta and temperature; none are the op's defaults, as each that is passed takes time.
+    """
+    how = REDUCTION[reduction], detach_targets
     if torch.compiler.is_compiling():
-        return _forward(input, target, weight, *options)  # type: ignore[no-any-return]
+        return _forward(input, target, weight, *how, *options)  # type: ignore[no-any-return]
     if (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)) or forward_ad._current_level >= 0:
         apply = _Differentiable.apply if torch._C._are_functorch_transforms_active() else _apply
-        return apply(input, target, weight, *options)  # type: ignore[no-any-return, no-untyped-call]
-    wanted = REDUCTION[reduction], detach_targets, False, False, kind, beta, temperature
-    return _forward_backward(input, target, weight, *wanted)[0]  # type: ignore[no-any-return]
+        return apply(input, target, weight, how, options)  # type: ignore[no-any-return, no-untyped-call]
+    return _forward_backward(input, target, weight, *how, False, False, *options)[0]  # type: ignore[no-any-return]
 
 
 def divergence_grad(
@@ -498,31 +498,25 @@ class _Differentiable(torch.autograd.Function):
         input: Tensor,
         target: Tensor,
         weight: Tensor | None,
-        reduction: int,
-        detach_targets: bool,
-        kind: int,
-        beta: float,
-        temperature: float,
+        how: tuple[int, bool],
+        options: tuple[int, float, float] | tuple[()],
     ) -> Tensor:
         ctx.save_for_backward(input, target, weight)
-        ctx.reduction, ctx.detach_targets, ctx.options = reduction, detach_targets, (kind, beta, temperature)
-        input_grad = target_grad = early = reduction != 0 and input.is_cpu
-        if early:
-            input_grad, target_grad = ctx.needs_input_grad[:2]
-        loss, of_input, of_target = _forward_backward(
-            input, target, weight, reduction, detach_targets, input_grad, target_grad, kind, beta, temperature
-        )
-        ctx.early = (of_input if input_grad else None, of_target if target_grad else None) if early else None
+        early = how[0] != 0 and input.is_cpu
+        wanted = ctx.needs_input_grad[:2] if early else (False, False)
+        loss, *grads = _forward_backward(input, target, weight, *how, *wanted, *options)
+        ctx.known = how, options, grads if early else None
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # Given away once, so that .grad takes them over without a copy; a second backward computes its own.
-        grads, ctx.early = ctx.early, None
+        how, options, grads = ctx.known
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad  # raises where the logits were changed, the graph freed
         if grads is None or torch.is_grad_enabled() or grad_output.item() != 1:
-            return _autograd_backward(ctx, grad_output)
-        _ = ctx.saved_tensors  # raises where the logits were changed in place, or the graph was freed
-        return *grads, *_NO_GRADIENT
+            grads = _backward(grad_output, *saved, *how, *wanted[:2], *options)
+        ctx.known = how, options, None
+        return grads[0] if wanted[0] else None, grads[1] if wanted[1] else None, None, None, None
 
 
 # The C function below Function.apply. What that adds in Python is for torch.func's transforms, and takes 3 of the 44 us
