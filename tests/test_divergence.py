@@ -257,6 +257,8 @@ def test_accuracy_of_rows_that_change_on_the_way(kl: type[Kernel], kind: str, dt
     absent = -math.inf * torch.ones(cols, dtype=torch.float64)
     early_absent, late_absent = (torch.where(where, absent, base) for where in (place < 0.7, place > 0.3))
     spike = torch.nn.functional.one_hot(torch.tensor(cols - 2), cols)
+    soon = (place > 0.1).double()
+    jumps = itertools.product((38, 90, 1000), (soon, late), (1e-5, 1.0))  # of the largest logit, near and far
     pairs = [
         (base + 40 * place + 1e-5 * noise, base + 40 * place),  # the largest logit moves on and on, near
         (base + 40 * place + noise, base + 40 * place),  # far
@@ -268,6 +270,9 @@ def test_accuracy_of_rows_that_change_on_the_way(kl: type[Kernel], kind: str, dt
         (base + 0.4 * place + 20 * spike, base + 20 * spike),  # the centre moves
         (base + 30 * spike, base),  # one side's largest moves
         (base - 9 * late, base),
+        *((base + rise * step + size * noise, base + rise * step) for rise, step, size in jumps),
+        (base + 300 * late, base),  # one side's largest, and the centre, jump
+        (base + 38 * late, base - 38 * late),
         (early_absent + 1e-5 * noise, early_absent),  # whole pieces masked
         (late_absent + 1e-5 * noise, late_absent),
         (early_absent + noise, early_absent),

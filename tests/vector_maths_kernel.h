@@ -35,7 +35,7 @@ Worst worst(int function, uint32_t begin, uint32_t end, uint32_t step) {
   switch (function) {
     case 0: return over([](V x) { return expm1_small<float>(x); }, [](double x) { return std::expm1(x); });
     case 1: return over([](V x) { return exp_small<float>(x); }, [](double x) { return std::exp(x); });
-    case 2: return over([](V x) { return exp_nonpositive<float>(x); }, [](double x) { return std::exp(x); });
+    case 2: return over([](V x) { return exponential<float>(x); }, [](double x) { return std::exp(x); });
     case 3: return over([](V x) { return log_positive<float>(x); }, [](double x) { return std::log(x); });
     case 4: return over([](V x) { return log1p<float>(x); }, [](double x) { return std::log1p(x); });
     case 5: return over([](V x) { return square_root<float>(x); }, [](double x) { return std::sqrt(x); });

@@ -32,6 +32,11 @@ constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
 // that a long row costs no digits.
 template <typename T>
 constexpr int64_t kBlock = 4096 / sizeof(T);
+// Of a block that is longer than two such glances, one is looked at before its sums, which start from what that is like.
+template <typename T>
+constexpr int64_t kGlance = 512 / sizeof(T);
+// What exponents may rise to before the sums are taken again: what is kept in T stays far from where it overflows.
+constexpr double kRise = 40;
 // Of a class four vectors are kept; those of all classes fit in any first cache, and leave room there.
 constexpr int64_t kMaxTransposed = std::min(256, 24576 / (4 * SK_VECTOR_BYTES));
 // Longer rows are done several together, as many as have so many elements at most.
@@ -80,23 +85,36 @@ SK_INLINE Pair<T> load_pair(const S* a, const S* b, int64_t j, int n) {
   return x;
 }
 
-// What one look at a block tells: the largest logits, and how far d goes. NaN is not seen; the sums will have it.
+// What the classes of a block are like: the largest logits, and how far d goes. NaN is not seen; the sums will have it.
 template <typename T>
 struct Survey {
   T max_a, max_b, low, high;
 };
 
-template <typename T, bool given, typename S>
-Survey<T> survey(const S* a, const S* b, int64_t cols, bool masked) {
-  Vec<T> max_a = set1(-kInf<T>), max_b = max_a, low = set1(kInf<T>), high = max_a;
-  for_columns<T>(0, cols, masked, [&](auto checked, int64_t j, int n) SK_LAMBDA {
-    const Pair<T> x = load_pair<T, checked, given>(a, b, j, n);
+template <typename T>
+struct Surveyor {
+  Vec<T> max_a, max_b, low, high;
+
+  SK_INLINE Surveyor() : max_a(set1(-kInf<T>)), max_b(max_a), low(set1(kInf<T>)), high(max_a) {}
+  template <bool checked>
+  SK_INLINE void see(const Pair<T>& x) {
     max_a = vmax(x.a, max_a);
     max_b = vmax(x.b, max_b);
     low = vmin(checked ? (x.absent ? low : x.d) : x.d, low);
     high = vmax(checked ? (x.absent ? high : x.d) : x.d, high);
+  }
+  SK_INLINE Survey<T> seen() const {
+    return {reduce_max<T>(max_a), reduce_max<T>(max_b), reduce_min<T>(low), reduce_max<T>(high)};
+  }
+};
+
+template <typename T, bool given, typename S>
+Survey<T> survey(const S* a, const S* b, int64_t cols, bool masked) {
+  Surveyor<T> surveyor;
+  for_columns<T>(0, cols, masked, [&](auto checked, int64_t j, int n) SK_LAMBDA {
+    surveyor.template see<checked>(load_pair<T, checked, given>(a, b, j, n));
   });
-  return {reduce_max<T>(max_a), reduce_max<T>(max_b), reduce_min<T>(low), reduce_max<T>(high)};
+  return surveyor.seen();
 }
 
 // Sums over classes of w = exp(b - max b), of v = exp(a - max a) = w exp(d) with d = a - b - (max a - max b), and of
@@ -134,6 +152,14 @@ struct LongRow {
   bool apart = false;  // the rounding of p and q does not show in the gradients
 
   T centre() const { return max_a - max_b; }
+  // Of some classes, done as near or far
+  void add(const Sums& of, bool as_near) {
+    const bool add_w = as_near && !near;
+    sums.w += of.w;
+    sums.wd += of.wd;
+    sums.x += add_w ? of.x + of.w : of.x;
+    sums.xd += add_w ? of.xd + of.wd : of.xd;
+  }
   bool within(T low, T high, T centre) const { return double(std::max(high - centre, centre - low)) * inverse <= kNear<T>; }
 };
 
@@ -154,7 +180,7 @@ SK_INLINE Vec<T> difference(const LongRow<T>& row, const Pair<T>& x, Vec<T> d) {
   return x.absent ? Vec<T>{} : d;
 }
 
-// The row's maxima, and with them the centre of d, move on to those of its next block; the sums follow.
+// The row's maxima, and with them the centre of d, move on to those of what was seen; the sums follow.
 template <typename T>
 void advance(LongRow<T>& row, const Survey<T>& at, Block<T>& block) {
   const T max_a = std::max(row.max_a, at.max_a), max_b = std::max(row.max_b, at.max_b), centre = max_a - max_b;
@@ -190,19 +216,21 @@ void advance(LongRow<T>& row, const Survey<T>& at, Block<T>& block) {
   row.max_b = max_b;
 }
 
-// The sums over some classes of a block. What waits is w, and v or expm1(d). The next block, `ahead`, is asked for
-// meanwhile: to look at it takes no longer than to fetch it.
-template <typename T, bool given, bool near, bool wait, bool scaled, typename S>
-void gather(LongRow<T>& row, const S* a, const S* b, int64_t cols, int64_t ahead, T* wait_a, T* wait_b) {
+// The sums over some classes of a block; with `watch`, what these are like. What waits is w, and v or expm1(d). The next
+// block, `ahead`, is asked for meanwhile.
+template <typename T, bool given, bool near, bool wait, bool scaled, bool watch, typename S>
+Survey<T> gather(const LongRow<T>& row, const S* a, const S* b, int64_t cols, int64_t ahead, T* wait_a, T* wait_b, Sums& sums) {
   const T max_a = row.max_a, max_b = row.max_b, centre = row.centre();
   Vec<T> vw{}, vwd{}, vx{}, vxd{};
+  Surveyor<T> surveyor;
   for_columns<T>(0, cols, row.careful, [&](auto checked, int64_t j, int n) SK_LAMBDA {
     __builtin_prefetch(a + j + ahead);
     __builtin_prefetch(b + j + ahead);
     const Pair<T> y = load_pair<T, checked, given>(a, b, j, n);
+    if constexpr (watch) surveyor.template see<checked>(y);
     const Vec<T> d = difference<T, checked>(row, y, tempered<scaled>(row, y.d - centre));
-    const Vec<T> w = exp_nonpositive<T>(tempered<scaled>(row, y.b - max_b));
-    Vec<T> x = near ? expm1_small<T>(d) : exp_nonpositive<T>(tempered<scaled>(row, y.a - max_a));
+    const Vec<T> w = exponential<T>(tempered<scaled>(row, y.b - max_b));
+    Vec<T> x = near ? expm1_small<T>(d) : exponential<T>(tempered<scaled>(row, y.a - max_a));
     if constexpr (wait) put(wait_b + j, w, n), put(wait_a + j, x, n);
     if constexpr (near) x = w * x;
     vw += w;
@@ -210,12 +238,8 @@ void gather(LongRow<T>& row, const S* a, const S* b, int64_t cols, int64_t ahead
     vx += x;
     vxd += x * d;
   });
-  const double w = reduce_add<T>(vw), wd = reduce_add<T>(vwd), x = reduce_add<T>(vx), xd = reduce_add<T>(vxd);
-  const bool add_w = near && !row.near;
-  row.sums.w += w;
-  row.sums.wd += wd;
-  row.sums.x += add_w ? x + w : x;
-  row.sums.xd += add_w ? xd + wd : xd;
+  sums = {reduce_add<T>(vw), reduce_add<T>(vwd), reduce_add<T>(vx), reduce_add<T>(vxd)};
+  return surveyor.seen();
 }
 
 // What follows from the sums
@@ -294,7 +318,7 @@ class Reader {
     const Vec<T> t = d - s_;
     Vec<T> p, q, x;  // rounded: the same bits whichever gradients are wanted
     if constexpr (waiting) q = load_n(wait_b_ + j, n, T(0));
-    else q = exp_nonpositive<T>(tempered<scaled>(row_, y.b - max_b_));
+    else q = exponential<T>(tempered<scaled>(row_, y.b - max_b_));
     q = rounded(q * inv_b_);
     if constexpr (way == Way::near) {
       Vec<T> e;
@@ -304,7 +328,7 @@ class Reader {
       p = q + x;
     } else {
       if constexpr (waiting) p = load_n(wait_a_ + j, n, T(0));
-      else p = exp_nonpositive<T>(tempered<scaled>(row_, y.a - max_a_));
+      else p = exponential<T>(tempered<scaled>(row_, y.a - max_a_));
       p = rounded(p * inv_a_);
       x = p - q;
       if constexpr (way == Way::far) x = vabs<T>(t) <= kNear<T> ? q * expm1_small<T>(t) : x;
@@ -464,7 +488,7 @@ class ShortRows {
     const Vec<T> centre = max_a - max_b;
     Vec<T> sum_a{}, sum_b{}, p_d{}, q_d{}, drift{};
     for (int j = 0; j < cols; ++j) {
-      const Vec<T> w = exp_nonpositive<T>(tempered<scaled>(b[j] - max_b)), d = tempered<scaled>(t_[j] - centre);
+      const Vec<T> w = exponential<T>(tempered<scaled>(b[j] - max_b)), d = tempered<scaled>(t_[j] - centre);
       sum_b += w;
       if constexpr (some_near) {
         const Vec<T> e = expm1_small<T>(d);
@@ -472,7 +496,7 @@ class ShortRows {
         x_[j] = e;
       }
       if constexpr (some_far) {
-        const Vec<T> v = exp_nonpositive<T>(tempered<scaled>(a[j] - max_a));
+        const Vec<T> v = exponential<T>(tempered<scaled>(a[j] - max_a));
         sum_a += v;
         p_d += v * d;
         q_d += w * d;
@@ -796,8 +820,12 @@ class LongRows {
     row.counts = factor != T(0);
   }
 
+  bool looks_at_all(int i, int64_t k) const { return rows_[i].careful || size(k) <= 2 * kGlance<T>; }
+  // At a whole block, or the row's first classes
   Survey<T> look(int i, int64_t k) {
-    return survey<T, given>(a_[i] = a(i, k), b_[i] = b(i, k), size(k), rows_[i].careful);
+    a_[i] = a(i, k), b_[i] = b(i, k);
+    const bool whole = looks_at_all(i, k), careful = rows_[i].careful;
+    return whole || !k ? survey<T, given>(a_[i], b_[i], whole ? size(k) : kGlance<T>, careful) : Survey<T>{};
   }
 
   template <bool scaled>
@@ -808,18 +836,38 @@ class LongRows {
       block.done = false;
       return;
     }
-    advance(row, at, block);
-    const int64_t ahead = k + 1 < blocks_ ? kBlock<T> : 0;
-    const int64_t step = row.careful ? 2 * kLanes<T> : kBlock<T>, cols = size(k);
-    for (int64_t j = 0; j < cols; j += step) {
+    const int64_t ahead = k + 1 < blocks_ ? kBlock<T> : 0, cols = size(k);
+    Sums sums;
+    const auto each = [&](int64_t j, int64_t cols, auto watch) SK_LAMBDA {
       T *const wait_a = waiting(row.wait_a, begin(k) + j), *const wait_b = waiting(row.wait_b, begin(k) + j);
-      const auto each = [&](auto near, auto wait) SK_LAMBDA {
-        gather<T, given, near, wait, scaled>(
-            row, a_[i] + j, b_[i] + j, std::min(step, cols - j), ahead, wait_a, wait_b);
+      const auto go = [&](auto near, auto wait) SK_LAMBDA {
+        return gather<T, given, near, wait, scaled, watch>(row, a_[i] + j, b_[i] + j, cols, ahead, wait_a, wait_b, sums);
       };
-      const auto one = [&](auto near) SK_LAMBDA { job_.wait ? each(near, std::true_type{}) : each(near, std::false_type{}); };
-      block.near ? one(std::true_type{}) : one(std::false_type{});
+      const auto one = [&](auto near) SK_LAMBDA { return job_.wait ? go(near, std::true_type{}) : go(near, std::false_type{}); };
+      return block.near ? one(std::true_type{}) : one(std::false_type{});
+    };
+    if (looks_at_all(i, k)) {
+      advance(row, at, block);
+      const int64_t step = row.careful ? 2 * kLanes<T> : cols;
+      for (int64_t j = 0; j < cols; j += step) {
+        each(j, std::min(step, cols - j), std::false_type{});
+        row.add(sums, block.near);
+      }
+      return;
     }
+    // It is taken to be like those before it, and done again if it is not.
+    if (k) block = {row.max_a, row.max_b, row.near, true};
+    else advance(row, at, block);
+    const Survey<T> seen = each(0, cols, std::true_type{});
+    const double rise = std::max(double(seen.max_a) - row.max_a, double(seen.max_b) - row.max_b);
+    if (rise * row.inverse > kRise || (block.near && !row.within(seen.low, seen.high, row.centre()))) {
+      advance(row, seen, block);
+      each(0, cols, std::false_type{});
+    } else {
+      row.low = std::min(row.low, seen.low);
+      row.high = std::max(row.high, seen.high);
+    }
+    row.add(sums, block.near);
   }
 
   // What follows from a row's sums. If they are not finite, first what kind of row it is.

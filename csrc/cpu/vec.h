@@ -97,9 +97,23 @@ SK_INLINE float number(bf16 x) {
   return number;
 }
 
+#if SK_VECTOR_BYTES == 64
+// 16 bf16 as floats, and back: by one permutation of 16-bit words, where a conversion of words takes two instructions
+SK_INLINE Vec<float> widened(__m256i words) {
+  const Mask<float> place = Mask<float>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} << 16;
+  return (Vec<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)place, _mm512_castsi256_si512(words));
+}
+SK_INLINE __m256i narrowed(Vec<float> x) {
+  const __m512i table = _mm512_set1_epi32(0x33);  // quiet and signalling NaN: one that rounding leaves; all else stays
+  const Mask<float> bits = (Mask<float>)_mm512_fixupimm_ps((__m512)x, (__m512)x, table, 0);
+  const Mask<float> rounded = bits + (((bits >> 16) & 1) + 0x7fff);
+  const Mask<float> place = {0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d};
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)place, (__m512i)rounded));
+}
+#endif
 SK_INLINE Vec<float> load(const bf16* p) {
 #if SK_VECTOR_BYTES == 64
-  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+  return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif SK_VECTOR_BYTES == 32
   return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
 #else
@@ -125,17 +139,19 @@ SK_INLINE Vec<float> load(const fp16* p) {
 }
 // Rounded to nearest, ties to even
 SK_INLINE void store(bf16* p, Vec<float> x) {
+#if SK_VECTOR_BYTES == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrowed(x));
+#else
   const Mask<float> bits = (Mask<float>)x, odd = (bits >> 16) & 1;
   const Mask<float> rounded = x == x ? bits + (odd + 0x7fff) : Mask<float>{} + 0x7fc00000;
-#if SK_VECTOR_BYTES == 64
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)(rounded >> 16)));
-#elif SK_VECTOR_BYTES == 32
+#if SK_VECTOR_BYTES == 32
   const __m256i upper = _mm256_srli_epi32((__m256i)rounded, 16);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(upper, upper), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 #else
   const Bits16 half = __builtin_convertvector((rounded >> 16) & 0xffff, Bits16);
   __builtin_memcpy(p, &half, sizeof half);
+#endif
 #endif
 }
 SK_INLINE void store(fp16* p, Vec<float> x) {
@@ -172,8 +188,21 @@ SK_INLINE void store_some(S* p, V x, int n) {
   store(lanes, x);
   __builtin_memcpy(p, lanes, n * sizeof(S));
 }
-SK_INLINE Vec<float> load_n(const bf16* p, int n, float fill) { return first_lanes<float>(n) ? load_some(p, n) : set1(fill); }
-SK_INLINE void store_n(bf16* p, Vec<float> x, int n) { store_some(p, x, n); }
+SK_INLINE Vec<float> load_n(const bf16* p, int n, float fill) {
+#if SK_VECTOR_BYTES == 64
+  const __mmask16 wanted = (1u << n) - 1;
+  return (Vec<float>)_mm512_mask_mov_ps((__m512)set1(fill), wanted, (__m512)widened(_mm256_maskz_loadu_epi16(wanted, p)));
+#else
+  return first_lanes<float>(n) ? load_some(p, n) : set1(fill);
+#endif
+}
+SK_INLINE void store_n(bf16* p, Vec<float> x, int n) {
+#if SK_VECTOR_BYTES == 64
+  _mm256_mask_storeu_epi16(p, (1u << n) - 1, narrowed(x));
+#else
+  store_some(p, x, n);
+#endif
+}
 
 // b where one of both is NaN, which is what the instructions do; compilers make two of the comparison's form.
 template <typename V>
@@ -379,9 +408,9 @@ SK_INLINE Vec<T> exp_small(Vec<T> x) {
   }
 }
 
-// exp(x) for x <= 0, to 0.91 (1.18); 0 below the smallest normal result; anything for NaN.
+// exp(x) for x <= 80, to 0.91 (1.18), by vectors of 64 bytes to 1.07; 0 below the smallest normal result; anything for NaN.
 template <typename T>
-SK_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
+SK_INLINE Vec<T> exponential(Vec<T> x) {
   constexpr bool f = std::is_same_v<T, float>;
   constexpr T log2_e = T(1.4426950408889634074), lowest = f ? T(-87.33654) : T(-708.3964185322641);
   // ln 2 in two parts, the first with so few bits that a whole number times it is exact
@@ -389,10 +418,15 @@ SK_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
   constexpr T low = f ? T(-2.12194440054690583e-4) : T(1.90821492927058770002e-10);
 #if SK_VECTOR_BYTES == 64
   if constexpr (f) {
-    const Vec<T> n = (Vec<T>)_mm512_roundscale_ps((__m512)(x * log2_e), _MM_FROUND_TO_NEAREST_INT);
-    const Vec<T> r = (x - n * high) - n * low;
+    // In sixteenths of a power of 2, the last four bits of which choose a root: a shorter way than a longer polynomial
+    const Vec<T> roots = {1.0f, 1.0442737f, 1.0905077f, 1.1387886f, 1.1892071f, 1.2418578f, 1.2968396f, 1.3542556f,
+                          1.4142135f, 1.4768262f, 1.5422108f, 1.6104903f, 1.6817929f, 1.7562522f, 1.8340081f, 1.9152066f};
+    constexpr T round = T(786432.0);  // 1.5 * 2^19
+    const Vec<T> shifted = x * log2_e + round, n = shifted - round;
+    const Vec<T> r = (x - n * high) - n * low, less_1 = r + r * r * (0.5f + r * 0.16666667f);
+    const Vec<T> root = (Vec<T>)_mm512_permutexvar_ps((__m512i)shifted, (__m512)roots);
     const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(lowest), _CMP_NLT_UQ);
-    return (Vec<T>)_mm512_maskz_scalef_ps(normal, (__m512)exp_small<T>(r), (__m512)n);
+    return (Vec<T>)_mm512_maskz_scalef_ps(normal, (__m512)(root + root * less_1), (__m512)n);
   }
 #endif
   constexpr T round = f ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^mantissa: adding it rounds to an integer
