@@ -32,11 +32,11 @@ constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
 // that a long row costs no digits.
 template <typename T>
 constexpr int64_t kBlock = 4096 / sizeof(T);
-// Of a block that is longer than two such glances, one is looked at before its sums, which start from what that is like.
-template <typename T>
-constexpr int64_t kGlance = 512 / sizeof(T);
-// What exponents may rise to before the sums are taken again: what is kept in T stays far from where it overflows.
-constexpr double kRise = 40;
+// How far exponents may rise above 0 before a block's sums are taken again. The classes that these count from are then
+// among the likeliest, so that rounding far from them is as harmless as it is far from the likeliest.
+constexpr double kRise = 2;
+// After so many blocks that were done again, those of a row are looked at before their sums.
+constexpr int kSurprises = 3;
 // Of a class four vectors are kept; those of all classes fit in any first cache, and leave room there.
 constexpr int64_t kMaxTransposed = std::min(256, 24576 / (4 * SK_VECTOR_BYTES));
 // Longer rows are done several together, as many as have so many elements at most.
@@ -140,6 +140,7 @@ struct LongRow {
   Block<T>* blocks;
   bool counts;         // still: there is something to find out
   bool careful = false;  // classes may be absent, sums of some classes may overflow
+  int surprises = 0;     // blocks that were not like those before
   T loss = 0;
 
   bool near = true;
@@ -820,12 +821,10 @@ class LongRows {
     row.counts = factor != T(0);
   }
 
-  bool looks_at_all(int i, int64_t k) const { return rows_[i].careful || size(k) <= 2 * kGlance<T>; }
-  // At a whole block, or the row's first classes
+  bool looks(int i, int64_t k) const { return !k || rows_[i].careful || rows_[i].surprises == kSurprises; }
   Survey<T> look(int i, int64_t k) {
     a_[i] = a(i, k), b_[i] = b(i, k);
-    const bool whole = looks_at_all(i, k), careful = rows_[i].careful;
-    return whole || !k ? survey<T, given>(a_[i], b_[i], whole ? size(k) : kGlance<T>, careful) : Survey<T>{};
+    return looks(i, k) ? survey<T, given>(a_[i], b_[i], size(k), rows_[i].careful) : Survey<T>{};
   }
 
   template <bool scaled>
@@ -846,7 +845,7 @@ class LongRows {
       const auto one = [&](auto near) SK_LAMBDA { return job_.wait ? go(near, std::true_type{}) : go(near, std::false_type{}); };
       return block.near ? one(std::true_type{}) : one(std::false_type{});
     };
-    if (looks_at_all(i, k)) {
+    if (looks(i, k)) {
       advance(row, at, block);
       const int64_t step = row.careful ? 2 * kLanes<T> : cols;
       for (int64_t j = 0; j < cols; j += step) {
@@ -856,11 +855,11 @@ class LongRows {
       return;
     }
     // It is taken to be like those before it, and done again if it is not.
-    if (k) block = {row.max_a, row.max_b, row.near, true};
-    else advance(row, at, block);
+    block = {row.max_a, row.max_b, row.near, true};
     const Survey<T> seen = each(0, cols, std::true_type{});
     const double rise = std::max(double(seen.max_a) - row.max_a, double(seen.max_b) - row.max_b);
     if (rise * row.inverse > kRise || (block.near && !row.within(seen.low, seen.high, row.centre()))) {
+      ++row.surprises;
       advance(row, seen, block);
       each(0, cols, std::false_type{});
     } else {
