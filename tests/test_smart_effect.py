@@ -141,6 +141,29 @@ def test_a_teacher_that_is_never_renewed_is_told_of(
                 optimizer.step()
                 if calls_update:
                     smart.update()
-            told = [str(w.message) for w in caught if "update() has not been called" in str(w.message)]
+            told = [str(w.message) for w in caught if "update() has not been called meanwhile" in str(w.message)]
             assert not told or i >= FORGOTTEN * accumulated
     assert len(told) == expected
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_a_loop_that_loses_its_update_is_told(resumed: bool) -> None:
+    """By a training that goes on elsewhere, or that updates once an epoch."""
+    torch.manual_seed(0)
+    model = Encoder()
+    smart = Smart(model, SmartConfig(adversary="random"), 100)
+    smart.update()
+    state = smart.state_dict()
+    if resumed:
+        smart = Smart(model, SmartConfig(adversary="random"), 100)
+        smart.load_state_dict(state)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for epoch in range(3):
+            for i in range(FORGOTTEN + 2):
+                smart(batch_for(model, seed=i)).loss.backward()
+                optimizer.step()
+                told = [w for w in caught if "update() has not been called meanwhile" in str(w.message)]
+                assert len(told) == (epoch > 0 or i >= FORGOTTEN)
+            smart.update()

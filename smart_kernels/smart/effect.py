@@ -24,7 +24,7 @@ FORGOTTEN = 10
 
 
 class Renewal:
-    """Says once if the parameters change and change, and the teacher is never renewed.
+    """Says once if the parameters change and change, and the teacher is not renewed meanwhile.
 
     Args:
         model: the model that is trained.
@@ -32,21 +32,27 @@ class Renewal:
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._last, self._changes = self._count(), 0
+        self._last, self._changes, self._told = self._count(), 0, False
 
     def _count(self) -> int:
         return sum(map(version, self._parameters))
 
-    def look(self, updates: int) -> None:
+    def renewed(self) -> None:
+        """Begin to count anew."""
+        self._changes = 0
+
+    def look(self) -> None:
         """Warn, in the first process, in the step that comes after so many changes with no update."""
-        if updates or self._changes == FORGOTTEN:
+        if self._told:
             return
         count = self._count()
         self._changes, self._last = self._changes + (count != self._last), count
-        if self._changes == FORGOTTEN and not rank():
+        self._told = self._changes == FORGOTTEN
+        if self._told and not rank():
             warnings.warn(
-                f"the parameters have changed {FORGOTTEN} times and update() has not been called: the proximal term "
-                "holds the model to what it was at the start. Call smart.update() after each step of the optimiser",
+                f"the parameters have changed {FORGOTTEN} times and update() has not been called meanwhile: the "
+                "proximal term holds the model to what it was before. Call smart.update() after each step of the "
+                "optimiser",
                 stacklevel=4,
             )
 

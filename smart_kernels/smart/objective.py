@@ -279,7 +279,7 @@ class Smart:
     def _step(self, batch: Any, options: Options, ahead: bool, **how: Any) -> SmartOutput:
         self._check_model()
         if self._renewal is not None:
-            self._renewal.look(self._updates)
+            self._renewal.look()
         with self._passes.step():
             step = Step(self, batch, options, ahead, **how).run()
         self.steps += 1
@@ -441,6 +441,8 @@ class Smart:
             self.teacher.update(decay)
         self._updates += 1
         self._effect.count_update()
+        if self._renewal is not None:
+            self._renewal.renewed()
 
     def end_epoch(self) -> None:
         """Say, by one warning after the first epoch, if the smoothness term does nothing, and which radius would do.
