@@ -40,10 +40,10 @@ from study_plan import (
     remaining,
     tuned,
 )
-from study_run import AVERAGES, CORRUPTED, DEVELOPMENT, GROUPED, Run, passes
+from study_run import CORRUPTED, DEVELOPMENT, GROUPED, Run, passes
 
 SIGNIFICANT = 0.05
-QUICK = (PLAIN, "plain, averaged", "SMART, paper")
+QUICK = (PLAIN, "SMART, paper")
 DRAWN = (PLAIN, "plain, averaged", "SMART, paper", "SMART, tuned", "R_s, predicted", "D_Breg", "R3F")
 """What the figure has of the methods: no more than can be told apart."""
 
@@ -482,8 +482,7 @@ def repeated(results: Results, seeds: Iterable[int]) -> dict[str, list[Run]]:
     task, size, noise = HOME
     runs, seeds = {}, list(seeds)
     for method in map(named, QUICK):
-        first = Trial(method.settings, *grid(HOME)[0], AVERAGES[-1] if method.averaged else 0.0)
-        trial = outcome(tuned(results, method, HOME)) or first
+        trial = outcome(tuned(results, method, HOME)) or Trial(method.settings, *grid(HOME)[0])
         own = trial.settings, trial.lr, trial.epochs
         runs[method.name] = [Run(task, size, *own, seed, "test", noise, trial.average) for seed in seeds]
     return runs

@@ -305,9 +305,9 @@ def test_what_is_written(finished: dict[str, Any], tmp_path: Path, monkeypatch: 
     assert list(runs) == list(study_report.QUICK)
     again = {run.key: invented(run) for of_method in runs.values() for run in of_method}
     assert "not yet" not in study_report.quick_table(results, again, runs)
-    assert {run.average for run in runs["plain, averaged"]} == {
-        outcome(study_plan.tuned(results, study_plan.METHODS[1], CELLS[0])).average
-    }
+    for name, of_method in runs.items():
+        tuned = outcome(study_plan.tuned(results, study_plan.named(name), CELLS[0]))
+        assert {(run.lr, run.epochs, run.part) for run in of_method} == {(tuned.lr, tuned.epochs, "test")}
 
 
 # -------------------------------------------------------------------------------------------------------- a run
