@@ -408,6 +408,63 @@ def test_compiled_models(adversary: str, how: str) -> None:
     assert smart.teacher.shadows.keys() == dict(twin.named_parameters()).keys()
 
 
+class HalfCompiled(Encoder):
+    """Words and what follows lie in a function that is compiled: an attribute, or one that nobody can find."""
+
+    def __init__(self, attribute: bool) -> None:
+        super().__init__()
+        function = torch.compile(self.start, backend="aot_eager")
+        self.compiled = function if attribute else {"start": function}
+
+    def start(self, input_ids: Tensor) -> Tensor:
+        return torch.tanh(self.words(input_ids))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:
+        function = self.compiled["start"] if isinstance(self.compiled, dict) else self.compiled
+        return self.from_embeddings(function(input_ids), attention_mask, labels)
+
+
+@pytest.mark.parametrize("adversary", ["predicted", "task"])
+@pytest.mark.parametrize("how", ["forward", "method", "attribute", "the user's function"])
+def test_compiled_functions(how: str, adversary: str) -> None:
+    """A graph that holds the embeddings and what follows gives no gradient to what is read out of its middle."""
+
+    def function(model: nn.Module, batch: dict[str, Tensor]) -> Any:
+        output = model(**batch)
+        return output.loss, output.logits
+
+    def step(model: nn.Module, **options: Any) -> SmartOutput:
+        return Smart(model, SmartConfig(**BALL, adversary=adversary), 10, **options)(batch_for(model))
+
+    class ByDecorator(Encoder):
+        forward = torch.compile(Encoder.forward, backend="aot_eager")
+
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = {"method": ByDecorator, "attribute": lambda: HalfCompiled(attribute=True)}.get(how, Encoder)()
+    if how == "forward":
+        model.forward = torch.compile(model.forward, backend="aot_eager")
+    compiled = torch.compile(function, backend="aot_eager") if how == "the user's function" else function
+    torch.manual_seed(1)
+    found = step(model, forward=compiled)
+    torch.compiler.reset()
+    torch.manual_seed(1)
+    with torch.compiler.set_stance("force_eager"):
+        expected = step(model, forward=function)
+    assert expected.smoothness > 1e-6
+    assert_same_training([found], [expected], rtol=1e-4)
+
+
+def test_a_compiled_function_that_hides_the_gradient_is_an_error() -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = HalfCompiled(attribute=False)
+    config = SmartConfig(**BALL, adversary="predicted", mu=0)
+    for run in (Smart(model, config), Smart(model, config).check, Smart(model, config).backward):
+        with pytest.raises(RuntimeError, match=r"no gradient comes .* torch.compile"):
+            run(batch_for(model))
+
+
 def test_a_compiled_model_that_cannot_see_the_hook_is_an_error() -> None:
     torch.compiler.reset()
     model = torch.compile(Encoder(), backend="eager")

@@ -20,6 +20,15 @@ _SCALE = 2.0**8
 tokens), and as much for some that grow (a layer norm of embeddings of size 0.02)."""
 
 
+_NO_DIRECTION = (
+    "check: no gradient comes from what is compared to the perturbed embeddings, so the perturbation would be noise "
+    "alone. Likely causes: a function that torch.compile made has both in one graph (let it be the model's, its "
+    "forward's, or an attribute of a module, where it is seen); the perturbed module has no part in the logits (name "
+    "another by `embedding`), or had none in this batch, as where a layer is dropped at random "
+    "(SmartConfig(check=False))"
+)
+
+
 def find_perturbation(
     config: SmartConfig,
     passes: Passes,
@@ -29,7 +38,8 @@ def find_perturbation(
     positions: Sequence[Positions],
     generator: torch.Generator,
     skipped: Tensor,
-    direction: Deltas | None = None,
+    checking: bool,
+    direction: Sequence[Tensor | None] | None = None,
 ) -> Deltas:
     """The perturbation of a batch's embeddings: Algorithm 1's inner loop, or one of the cheaper ways.
 
@@ -43,6 +53,7 @@ def find_perturbation(
         generator: what "fisher" draws from.
         skipped: int64 scalar on the noise's device, which grows at each ascent step by the number of samples (or
             tokens) whose gradient is not finite; the step leaves their perturbation as it was, the noise at first.
+        checking: raise where no gradient comes to the embeddings at all; else the noise is left as it is.
         direction: the gradient with respect to the embeddings, where it has been found before.
 
     Returns:
@@ -62,7 +73,7 @@ def find_perturbation(
     apart = passes.hook is not None and _rows_apart(clean.logits, noise, positions, passes.hook.compute_dtype)
 
     @passes.reduction.held()
-    def gradient(loss: Tensor | None, logits: Logits, points: Deltas) -> Deltas:
+    def gradient(loss: Tensor | None, logits: Logits, points: Deltas) -> Sequence[Tensor | None]:
         retain_graph = points is clean_points
         match config.adversary:
             case "power":
@@ -80,27 +91,29 @@ def find_perturbation(
     deltas, clean_points = noise, clean.points
     for _ in range(config.ascent_steps):
         if direction is not None:
-            grads = direction
+            found = direction
         elif at_clean and clean_points is not None:
-            grads = gradient(clean.loss, clean.logits, clean_points)
+            found = gradient(clean.loss, clean.logits, clean_points)
         else:  # also for want of the clean pass's graph: it is then repeated, with a graph of the embeddings alone
             points = tuple(torch.zeros_like(d) for d in noise) if at_clean else deltas
             with passes.probe(clean, points, loss=config.adversary == "task") as (loss, logits):
-                grads = gradient(loss, logits, points)
+                found = gradient(loss, logits, points)
+        if checking and all(g is None for g in found):
+            raise RuntimeError(_NO_DIRECTION)
+        grads = tuple(torch.zeros_like(d) if g is None else g for g, d in zip(found, deltas, strict=True))
         deltas = tuple(
             p.step(d.detach(), g, config, ascent, skipped) for p, d, g in zip(positions, deltas, grads, strict=True)
         )
     return deltas
 
 
-def _pull_back(outputs: Logits, cotangents: Logits, points: Deltas, retain_graph: bool) -> Deltas:
-    """The vector-Jacobian product; 0 where the outputs do not depend on a point, as where a layer was dropped."""
+def _pull_back(outputs: Logits, cotangents: Logits, points: Deltas, retain_graph: bool) -> Sequence[Tensor | None]:
+    """The vector-Jacobian product; None where the outputs do not depend on a point, as where a layer was dropped."""
     live = [(x, c) for x, c in zip(outputs, cotangents, strict=True) if x.requires_grad]
     if not live:
-        return tuple(torch.zeros_like(p) for p in points)
+        return [None] * len(points)
     outputs, cotangents = zip(*live, strict=True)
-    grads = torch.autograd.grad(outputs, points, cotangents, retain_graph, allow_unused=True)
-    return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, points, strict=True))
+    return torch.autograd.grad(outputs, points, cotangents, retain_graph, allow_unused=True)
 
 
 def _rows_apart(logits: Logits, noise: Deltas, positions: Sequence[Positions], compute_dtype: torch.dtype) -> bool:

@@ -318,7 +318,7 @@ class Smart:
                 clean, divergence = self._compare(clean, None)
                 report = check_zero(passes, clean, divergence, config, self.teacher)
                 if clean.embeddings:
-                    deltas = self._find(clean, divergence)
+                    deltas = self._find(clean, divergence, checking=True)
                     perturbed = detached(self._passes.perturbed(clean, deltas))
                     smoothness = divergence(perturbed, detached(clean.logits))
                     check_moves(clean, divergence, smoothness, deltas, self._compute_dtype, self._told)
@@ -394,9 +394,10 @@ class Smart:
         self,
         clean: CleanPass,
         divergence: Divergence,
+        checking: bool,
         initial: Tensor | Sequence[Tensor] | None = None,
         generator: torch.Generator | None = None,
-        direction: Deltas | None = None,
+        direction: Sequence[Tensor | None] | None = None,
     ) -> Deltas:
         """The perturbations."""
         generator = self.generator if generator is None else generator
@@ -406,8 +407,8 @@ class Smart:
             for i, (call, arguments) in enumerate(zip(clean.embeddings, clean.arguments, strict=True))
         ]
         noise = self._noise(clean.embeddings, positions, generator, initial)
-        find = self.config, self._passes, clean, divergence, noise, positions, generator, self.skipped, direction
-        return find_perturbation(*find)
+        find = self.config, self._passes, clean, divergence, noise, positions, generator, self.skipped
+        return find_perturbation(*find, checking, direction)
 
     def _check_model(self) -> None:
         """The model must be the one that SMART was made for."""

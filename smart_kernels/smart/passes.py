@@ -26,7 +26,7 @@ from smart_kernels.smart.parallel import (
     sharded_modules,
     without_reducer,
 )
-from smart_kernels.smart.recording import Recording, Replay
+from smart_kernels.smart.recording import Recording, Replay, by_compiler, has_compiled_functions, is_compiled
 from smart_kernels.smart.state import Attributes, Generators, States, has_attributes, reachable, set_states
 from smart_kernels.smart.structure import copied
 from smart_kernels.smart.teacher import Teacher
@@ -200,6 +200,9 @@ class Passes:
     ) -> None:
         self.model = model
         self.head = head
+        self._functions_compiled: bool | None = None  # found in the first step, as it takes a while
+        self._compiled = False
+        """Whether the model, or a part of it, is compiled, in this step."""
         self.fused = False
         """Whether this step's extra passes end in front of the head."""
         self.hook = None if embedding is None else EmbeddingHook(embedding)
@@ -267,6 +270,9 @@ class Passes:
         Args:
             untouched: at the end, be as before the clean pass, in place of as after it.
         """
+        if self._functions_compiled is None:
+            self._functions_compiled = by_compiler(self._forward) or any(map(has_compiled_functions, self._modules))
+        self._compiled = self._functions_compiled or any(map(is_compiled, self._modules))
         fast = torch.backends.mha.get_fastpath_enabled()
         # a layer's fast path, which is taken where nothing requires grad, rounds otherwise than the one in training
         torch.backends.mha.set_fastpath_enabled(self._alone and fast)
@@ -347,7 +353,7 @@ class Passes:
         versions = [p._version for _, p in self._parameters]
         # with "independent" masks, what a generator of torch's gives is no matter of ours
         self._before = self._generators.states()
-        hook, apart = self.hook, self.compiled() or not self.may_split()
+        hook, apart = self.hook, self._compiled or not self.may_split()
         how = {
             "differentiable": differentiable and not apart,
             "cut": split and not apart and not finds_unused(self.model),
@@ -405,7 +411,7 @@ class Passes:
             calls: those of the head in it.
         """
         assert self.head is not None
-        if self.compiled():
+        if self._compiled:
             return "the model is compiled"
         if (around := self.head.entered_in_pairs()) is not None:
             return f"the {type(around).__name__} around the head has hooks in front and behind, which come in pairs"
@@ -423,7 +429,7 @@ class Passes:
         return replace(clean, logits=(calls[0].hidden,))
 
     def _reading_head(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.head is None or self.compiled() else self.head.read()
+        return nullcontext() if self.head is None or self._compiled else self.head.read()
 
     def _user(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         """The user's function: a loss and logits, or a loss alone."""
@@ -493,7 +499,7 @@ class Passes:
         if self._sharded:  # whose hooks would wait for the backward pass
             with torch.no_grad():
                 return self._run()
-        with _nothing_saved(casts_kept=self.compiled()):
+        with _nothing_saved(casts_kept=self._compiled):
             return detached(self._run())
 
     @contextmanager
@@ -504,14 +510,14 @@ class Passes:
         loss takes the whole of the user's function.
         """
         # a compiled model would be compiled once more for weights that are frozen
-        frozen = torch.enable_grad() if self.compiled() else _weights_frozen(self._weights())
+        frozen = torch.enable_grad() if self._compiled else _weights_frozen(self._weights())
         with self._extra(), frozen:
             outputs: list[Tensor | None] = []
             added: list[Tensor | None] = []
             for c, d in zip(clean.embeddings, deltas, strict=True):
                 d.requires_grad_()
                 # a compiled model is compiled for this and for the perturbed pass, and once
-                again = self.compiled() and self._looks_up_again(c)
+                again = self._compiled and self._looks_up_again(c)
                 outputs.append(None if again else perturb(c.output.detach(), d))
                 added.append(d if again else None)
             with self._replaced(clean, outputs, loss or self._replay is None, added):
@@ -551,8 +557,8 @@ class Passes:
             with self._extra(), torch.no_grad(), swapped:
                 return self._run(head=teacher is not None)
         # a compiled model asks whether casts are kept; `weights()` forgets them
-        with self._extra(), _nothing_saved(casts_kept=self.compiled()):
-            if self.compiled():  # the same parameters, and the same hook, so the same graph
+        with self._extra(), _nothing_saved(casts_kept=self._compiled):
+            if self._compiled:  # the same parameters, and the same hook, so the same graph
                 with swapped, nullcontext() if self.hook is None else self.hook.unread():
                     return detached(self._run())
             values = own if teacher is None else teacher.parameters()
@@ -634,11 +640,7 @@ class Passes:
     def _sharing(self) -> AbstractContextManager[Any]:
         """Masks that a step's passes share are drawn once, where to draw them takes long: on the CPU, uncompiled."""
         on_cpu = not self._generators.devices
-        return self._masks if self._dropout == "shared" and on_cpu and not self.compiled() else nullcontext()
-
-    def compiled(self) -> bool:
-        """Whether the model, or a part of it, is compiled."""
-        return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in self._modules)
+        return self._masks if self._dropout == "shared" and on_cpu and not self._compiled else nullcontext()
 
 
 def _as_logits(logits: Any) -> Logits:

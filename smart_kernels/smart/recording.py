@@ -445,6 +445,23 @@ def _mark(x: Tensor) -> _Mark:
     return version(x), None if x.grad_fn is None else x.grad_fn._sequence_nr()
 
 
+def by_compiler(function: Any) -> bool:
+    """Whether ``torch.compile`` made a function."""
+    return hasattr(function, "_torchdynamo_orig_callable")
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module was compiled: by ``compile()``, by ``torch.compile`` of it, or of its ``forward``."""
+    by_itself = module._compiled_call_impl is not None or "_orig_mod" in module._modules
+    return by_itself or by_compiler(module.forward)
+
+
+def has_compiled_functions(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` made one of a module's methods, or a function that it keeps."""
+    classes = [c for c in type(module).__mro__ if c.__module__ != nn.Module.__module__]
+    return any(by_compiler(value) for owner in (module, *classes) for value in vars(owner).values())
+
+
 def outside_compiled(module: nn.Module) -> Iterator[nn.Module]:
     """A module and its parts, but for what lies in a compiled one."""
     seen: set[int] = set()
@@ -455,7 +472,7 @@ def outside_compiled(module: nn.Module) -> Iterator[nn.Module]:
             continue
         seen.add(id(module))
         yield module
-        if module._compiled_call_impl is None and "_orig_mod" not in module._modules:
+        if not is_compiled(module):
             waiting += [m for m in module._modules.values() if m is not None]
 
 

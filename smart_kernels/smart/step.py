@@ -170,13 +170,12 @@ class Step:
 
     def fallen_out(self, clean: CleanPass) -> Deltas:
         """By the gradient of the task loss that the clean backward pass has left."""
-        grads = [(p, self._held.of(p)) for p in _points(clean)]
-        return self._find(clean, tuple(torch.zeros_like(p) if g is None else g for p, g in grads))
+        return self._find(clean, [self._held.of(p) for p in _points(clean)])
 
-    def _find(self, clean: CleanPass, direction: Deltas | None = None) -> Deltas:
+    def _find(self, clean: CleanPass, direction: Sequence[Tensor | None] | None = None) -> Deltas:
         options = self._options
         self.deltas = self._smart._find(
-            clean, self._divergence, options.initial_perturbation, options.generator, direction
+            clean, self._divergence, self._checking, options.initial_perturbation, options.generator, direction
         )
         return self.deltas
 
