@@ -282,7 +282,7 @@ def test_accuracy_of_rows_that_change_on_the_way(kl: type[Kernel], kind: str, dt
     ]
     a, b = (torch.stack(side).to(dtype) for side in zip(*pairs, strict=True))
     check(kl, a, b, kind)
-    if dtype != torch.bfloat16:  # Triton's interpreter cuts bf16 off, which uses up the bar
+    if kl is Kernel:  # whose exponents rise above 0, in units of the temperature
         check(kl, a, b, kind, temperature=0.2)
     weight = torch.ones(len(pairs), dtype=reference.compute_dtype(a))
     weight[::2] = 0
