@@ -498,7 +498,7 @@ def quick_table(study: Results, results: Results, runs: Mapping[str, Sequence[Ru
         for name, values in new.items():
             text = f"{statistics.fmean(values[measure.key]):{measure.form}}"
             if name == PLAIN:
-                lines += [None, [measure.title, name, text, "", ""]]
+                lines += [*([None] if lines else []), [measure.title, name, text, "", ""]]
                 continue
             change = math.log if measure.ratio else float
             ours, theirs = ([change(v) for v in new[n][measure.key]] for n in (name, PLAIN))
