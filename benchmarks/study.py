@@ -77,7 +77,7 @@ def quick(processes: int) -> str:
     """Some methods as they are tuned, at one size, with seeds that have chosen nothing."""
     study = study_plan.read(study_plan.PACKED, study_plan.GROWING)
     file = study_plan.GROWING.with_name("study_quick.jsonl")
-    runs = study_report.repeated(study, QUICK_SEEDS)
+    runs = study_report.quick_runs(study, QUICK_SEEDS)
     wanted = [run for of_method in runs.values() for run in of_method]
     file.unlink(missing_ok=True)
     results: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import statistics
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,6 +118,9 @@ CELLS = (
 """In the order in which they are wanted."""
 
 SEEDS = {50: 10, 100: 10, 300: 10, 1000: 5}
+REPEATED = ((Cell("trec", 50), "R_s, predicted"),)
+"""Where a method's score was better than plain's beyond chance: both once more, with as many further seeds."""
+
 TUNING_SEEDS = (100, 101, 102)
 """Other seeds than those of final runs: other examples, heads and orders."""
 
@@ -249,12 +252,31 @@ def final(results: Results, method: Method, cell: Cell) -> Generator[Run, None, 
     """All runs of a method in a cell; returns those on the test set, none where it was screened out."""
     if not (yield from is_finalist(results, method, cell)):
         return []
-    trial = yield from tuned(results, method, cell)
-    task, size, noise = cell
-    own = trial.settings, trial.lr, trial.epochs
-    runs = [Run(task, size, *own, seed, "test", noise, trial.average) for seed in range(SEEDS[size])]
+    runs = final_runs((yield from tuned(results, method, cell)), cell, range(SEEDS[cell.size]))
     yield from (run for run in runs if run.key not in results)
     return runs
+
+
+def final_runs(trial: Trial, cell: Cell, seeds: Iterable[int]) -> list[Run]:
+    """The runs of a trial on the test set."""
+    task, size, noise = cell
+    own = trial.settings, trial.lr, trial.epochs
+    return [Run(task, size, *own, seed, "test", noise, trial.average) for seed in seeds]
+
+
+def repeated(
+    results: Results, names: Iterable[str], cell: Cell, seeds: Iterable[int]
+) -> Generator[Run, None, dict[str, list[Run]]]:
+    """Runs of methods as they are tuned, with other seeds than the final ones; returns all, by method."""
+    runs, seeds = {}, list(seeds)
+    for method in map(named, names):
+        runs[method.name] = final_runs((yield from tuned(results, method, cell)), cell, seeds)
+        yield from (run for run in runs[method.name] if run.key not in results)
+    return runs
+
+
+def further_seeds(cell: Cell) -> range:
+    return range(SEEDS[cell.size], 2 * SEEDS[cell.size])
 
 
 def named(name: str) -> Method:
@@ -275,15 +297,18 @@ def outcome(steps: Generator[Run, None, Any]) -> Any:
 def plan(results: Results, cells: Sequence[Cell] = CELLS) -> Iterator[Run]:
     """The runs that are lacking and known by now, each once, in the order in which they are wanted."""
     seen = set()
-    for cell in cells:
-        for method in METHODS:
-            try:
-                for run in final(results, method, cell):
-                    if run.key not in seen:
-                        seen.add(run.key)
-                        yield run
-            except LackingRunsError:
-                pass
+    wanted = [final(results, method, cell) for cell in cells for method in METHODS]
+    wanted[:0] = [
+        repeated(results, (PLAIN, name), cell, further_seeds(cell)) for cell, name in REPEATED if cell in cells
+    ]
+    for runs in wanted:
+        try:
+            for run in runs:
+                if run.key not in seen:
+                    seen.add(run.key)
+                    yield run
+        except LackingRunsError:
+            pass
 
 
 # --------------------------------------------------------------------------------------------------- the file

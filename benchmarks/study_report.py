@@ -23,6 +23,7 @@ from study_plan import (
     METHODS,
     NEIGHBOURS,
     PLAIN,
+    REPEATED,
     TUNING_SEEDS,
     Cell,
     Method,
@@ -32,12 +33,15 @@ from study_plan import (
     core_hours,
     development_score,
     final,
+    final_runs,
+    further_seeds,
     grid,
     is_finalist,
     named,
     outcome,
     plain_pairs,
     remaining,
+    repeated,
     tuned,
 )
 from study_run import CORRUPTED, DEVELOPMENT, GROUPED, Run, passes
@@ -368,7 +372,8 @@ PROTOCOL = f"""\
   `study_plan.py` has it in one screen; `pick` is the only place where anything is chosen.
 - **Test.** On TREC-6 with {HOME.size} examples plain, its average and the paper's SMART go to the test set, and of all
   others what is no more than {MARGIN:g} points behind plain on development data. Everywhere else go plain, the paper's
-  SMART, and each of its terms alone, whatever any data say. 10 seeds, at 1 000 examples 5.
+  SMART, and each of its terms alone, whatever any data say. 10 seeds, at 1 000 examples 5. What is better than plain
+  beyond chance in its score is run again, with as many further seeds.
 - **Statistics.** Differences from plain by seed, with 95 % confidence intervals and p-values of the paired t-test.
   The p-values are corrected by Holm's way for the methods of a table, each measure for itself; the intervals are not. A
   star means p < {SIGNIFICANT}. With wrong labels among the training examples, those of the development set are right.
@@ -406,6 +411,11 @@ def document(results: Results, drawn: bool) -> str:
                 parts += ["\n".join(f"- {line}" for line in lines)]
     if not any_row:
         parts += ["No row is complete yet."]
+    for cell, name in REPEATED:
+        runs_again = outcome(repeated(results, (PLAIN, name), cell, further_seeds(cell)))
+        if runs_again and all(run.key in results for chosen in runs_again.values() for run in chosen):
+            table = markdown(again_columns(cell, runs_again), again(results, results, runs_again, cell))
+            parts += [f"## Found again? {name}", table]
     if lines := screened_out(results):
         parts += ["## Screened out", "\n".join(f"- {line}" for line in lines)]
     parts += ["## On development data", f"Mean and standard deviation over {len(TUNING_SEEDS)} seeds of every trial."]
@@ -477,34 +487,43 @@ def write(results: Results, folder: Path) -> str:
 # ------------------------------------------------------------------------------------------------ the quick look
 
 
-def repeated(results: Results, seeds: Iterable[int]) -> dict[str, list[Run]]:
+def quick_runs(results: Results, seeds: Sequence[int]) -> dict[str, list[Run]]:
     """Runs of some methods with other seeds, by method: as they are tuned or, before that, with the first pair."""
-    task, size, noise = HOME
-    runs, seeds = {}, list(seeds)
-    for method in map(named, QUICK):
-        trial = outcome(tuned(results, method, HOME)) or Trial(method.settings, *grid(HOME)[0])
-        own = trial.settings, trial.lr, trial.epochs
-        runs[method.name] = [Run(task, size, *own, seed, "test", noise, trial.average) for seed in seeds]
-    return runs
+    first = grid(HOME)[0]
+    trials = {m.name: outcome(tuned(results, m, HOME)) or Trial(m.settings, *first) for m in map(named, QUICK)}
+    return {name: final_runs(trial, HOME, seeds) for name, trial in trials.items()}
 
 
-def quick_table(study: Results, results: Results, runs: Mapping[str, Sequence[Run]]) -> str:
-    """What was found with other seeds, beside the study's interval."""
-    rows = finished(study, HOME)
+def again(study: Results, results: Results, runs: Mapping[str, Sequence[Run]], cell: Cell) -> list[list[str]]:
+    """What was found with other seeds, by measure and method, beside the study's interval."""
+    rows = finished(study, cell)
     complete = {row.method.name for row in rows}
     new = {name: values_of(results, chosen) for name, chosen in runs.items()}
-    lines: list[list[str] | None] = []
-    for measure in MEASURES[HOME.task]:
+    lines = []
+    for measure in MEASURES[cell.task]:
         for name, values in new.items():
             text = f"{statistics.fmean(values[measure.key]):{measure.form}}"
             if name == PLAIN:
-                lines += [*([None] if lines else []), [measure.title, name, text, "", ""]]
+                lines.append([measure.title, name, text, "", "", ""])
                 continue
             change = math.log if measure.ratio else float
             ours, theirs = ([change(v) for v in new[n][measure.key]] for n in (name, PLAIN))
+            found = paired(ours, theirs)
             known = difference_text(comparisons(rows, measure)[name][0], measure) if name in complete else "not yet"
-            lines.append(["", name, text, difference_text(paired(ours, theirs), measure), known])
+            lines.append(["", name, text, difference_text(found, measure), p_text(found.p), known])
+    return lines
+
+
+def again_columns(cell: Cell, runs: Mapping[str, Sequence[Run]]) -> list[str]:
     seeds = len(next(iter(runs.values())))
-    shares = ", ".join(f"{name} {statistics.fmean(v['share']):.0e}" for name, v in new.items() if any(v["share"]))
-    columns = [cell_title(HOME), "method", "mean", f"against plain, {seeds} new seeds", "in the study"]
-    return f"{format_table(columns, lines)}\n\nλ_s R_s over the task loss in the last epoch: {shares}"
+    return [cell_title(cell), "method", "mean", f"against plain, {seeds} new seeds", "p", "in the study"]
+
+
+def quick_table(study: Results, results: Results, runs: Mapping[str, Sequence[Run]]) -> str:
+    """What was found with other seeds, for a terminal."""
+    lines: list[list[str] | None] = []
+    for line in again(study, results, runs, HOME):
+        lines += [*([None] if line[0] and lines else []), line]
+    shares = {name: values_of(results, chosen)["share"] for name, chosen in runs.items()}
+    text = ", ".join(f"{name} {statistics.fmean(each):.0e}" for name, each in shares.items() if any(each))
+    return f"{format_table(again_columns(HOME, runs), lines)}\n\nλ_s R_s over the task loss in the last epoch: {text}"

@@ -136,6 +136,29 @@ def test_development_data_alone_choose(finished: dict[str, Any]) -> None:
     assert not (tuning | final) & set(study.QUICK_SEEDS)
 
 
+def test_what_is_found_again_has_other_seeds(finished: dict[str, Any]) -> None:
+    for cell, name in study_plan.REPEATED:
+        seeds = study_plan.further_seeds(cell)
+        used = {*range(study_plan.SEEDS[cell.size]), *study_plan.TUNING_SEEDS, *study.QUICK_SEEDS}
+        assert len(seeds) == study_plan.SEEDS[cell.size]
+        assert not used & set(seeds)
+        runs = outcome(study_plan.repeated(finished, ("plain", name), cell, seeds))
+        for method, again in runs.items():
+            first = outcome(study_plan.final(finished, study_plan.named(method), cell))
+            assert [dataclasses.replace(r, seed=0) for r in first] == [dataclasses.replace(r, seed=0) for r in again]
+        table = study_report.again(finished, finished, runs, cell)
+        ours, theirs = (study_report.values_of(finished, runs[m])["score"] for m in (name, "plain"))
+        expected = study_report.paired(ours, theirs)
+        measure = study_report.MEASURES[cell.task][0]
+        assert table[1][1:5] == [
+            name,
+            f"{sum(ours) / len(ours):.1f}",
+            study_report.difference_text(expected, measure),
+            study_report.p_text(expected.p),
+        ]
+        assert f"## Found again? {name}" in study_report.document(finished, False)
+
+
 def test_the_best_on_development_data_is_chosen_the_first_among_equals() -> None:
     cell, trials = CELLS[0], [Trial({"mu": float(i)}, 1e-4, 5) for i in range(3)]
 
@@ -279,7 +302,7 @@ def test_what_is_written(finished: dict[str, Any], tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(study_report, "remaining", lambda results: study_plan.remaining(results, CELLS[:1]))
     study_report.write({}, tmp_path)
     assert "No row is complete yet" in (tmp_path / "study.md").read_text(encoding="utf-8")
-    runs = study_report.repeated({}, study.QUICK_SEEDS)
+    runs = study_report.quick_runs({}, study.QUICK_SEEDS)
     again = {run.key: invented(run) for of_method in runs.values() for run in of_method}
     assert "not yet" in study_report.quick_table({}, again, runs)
     results = complete({}, CELLS[:1], power=20.0)
@@ -301,7 +324,7 @@ def test_what_is_written(finished: dict[str, Any], tmp_path: Path, monkeypatch: 
     assert "| 10 |" in row
     score = sum(rows[0].values["score"]) / 10
     assert f"| {score:.1f} ± " in text
-    runs = study_report.repeated(results, study.QUICK_SEEDS)
+    runs = study_report.quick_runs(results, study.QUICK_SEEDS)
     assert list(runs) == list(study_report.QUICK)
     again = {run.key: invented(run) for of_method in runs.values() for run in of_method}
     assert "not yet" not in study_report.quick_table(results, again, runs)
