@@ -432,6 +432,7 @@ def figure(results: Results) -> Any:
     """Score over training size, and over the share of typos at one size, on TREC; None without matplotlib or rows."""
     sizes = sorted(size for task, size, noise in CELLS if task == "trec" and not noise)
     rows = {size: finished(results, Cell("trec", size)) for size in sizes}
+    sizes = [size for size in sizes if rows[size]]
     known = {row.method.name for size in sizes for row in rows[size]}
     names = [name for name in DRAWN if name in known]
     with plotting() as plt:
@@ -439,7 +440,7 @@ def figure(results: Results) -> Any:
             return None
         palette = dict(zip(DRAWN, ("#222222", COLOURS[0], COLOURS[1], OUR_COLOUR, *COLOURS[2:]), strict=False))
         drawn, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.6))
-        place = HOME.size if rows[HOME.size] else next(size for size in sizes if rows[size])
+        place = HOME.size if HOME.size in sizes else sizes[0]
         for number, name in enumerate(names):
             found = {s: r.values for s in sizes for r in rows[s] if r.method.name == name}
             # side by side, that intervals do not hide each other

@@ -90,7 +90,10 @@ def test_the_runs_of_the_repository_are_runs_of_the_plan() -> None:
     for key, result in study_plan.read(study_plan.PACKED).items():
         run = Run(**json.loads(key))
         assert run.key == key
-        assert run.seed in (study_plan.TUNING_SEEDS if run.part == "dev" else range(study_plan.SEEDS[run.size]))
+        cell = Cell(run.task, run.size, run.noise)
+        repeated = study_plan.further_seeds(cell) if cell in dict(study_plan.REPEATED) else ()
+        seeds = study_plan.TUNING_SEEDS if run.part == "dev" else (*range(study_plan.SEEDS[run.size]), *repeated)
+        assert run.seed in seeds
         assert all(-100 <= one["score"] <= 100 for one in result["measured"].values())
 
 
