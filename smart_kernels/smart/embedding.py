@@ -256,7 +256,8 @@ class EmbeddingHook:
             # a view, as the output itself may have been taken by another hook
             point = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         ids = [a for a in args if isinstance(a, Tensor) and not a.is_floating_point()]
-        self.calls.append(EmbeddingCall(x, point, ids[0] if ids else None, torch.is_grad_enabled(), id(x) in cuts))
+        cut = bool(cuts) and id(x) in cuts  # of no tensor may torch 2.10 ask for the id while it compiles
+        self.calls.append(EmbeddingCall(x, point, ids[0] if ids else None, torch.is_grad_enabled(), cut))
         # The model gets a copy, as it may change what it gets in place.
         given = (x if point is None else point).clone()
         if not cuts:
