@@ -276,6 +276,7 @@ def repeated(
 
 
 def further_seeds(cell: Cell) -> range:
+    """As many as the final runs have, and none of theirs."""
     return range(SEEDS[cell.size], 2 * SEEDS[cell.size])
 
 

@@ -101,12 +101,15 @@ def _loss(
     The options are kind, beta and temperature; none are the op's defaults, as each that is passed takes time.
     """
     how = REDUCTION[reduction], detach_targets
+    loss: Tensor
     if torch.compiler.is_compiling():
-        return _forward(input, target, weight, *how, *options)  # type: ignore[no-any-return]
-    if (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)) or forward_ad._current_level >= 0:
-        apply = _Differentiable.apply if torch._C._are_functorch_transforms_active() else _apply
-        return apply(input, target, weight, how, options)  # type: ignore[no-any-return, no-untyped-call]
-    return _forward_backward(input, target, weight, *how, False, False, *options)[0]  # type: ignore[no-any-return]
+        loss = _forward(input, target, weight, *how, *options)
+    elif (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)) or forward_ad._current_level >= 0:
+        apply: Any = _Differentiable.apply if torch._C._are_functorch_transforms_active() else _apply
+        loss = apply(input, target, weight, how, options)
+    else:
+        loss, _, _ = _forward_backward(input, target, weight, *how, False, False, *options)
+    return loss
 
 
 def divergence_grad(
