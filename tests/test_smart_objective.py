@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -453,6 +454,26 @@ def test_compiled_functions(how: str, adversary: str) -> None:
         expected = step(model, forward=function)
     assert expected.smoothness > 1e-6
     assert_same_training([found], [expected], rtol=1e-4)
+
+
+def test_what_a_module_keeps_is_not_asked() -> None:
+    """Some objects answer any question with yes, others raise at every one."""
+
+    class Refusing:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError(name)
+
+    config = SmartConfig(**BALL, adversary="predicted")
+    torch.manual_seed(0)
+    model = Encoder()
+    batch = batch_for(model)
+    torch.manual_seed(1)
+    expected = Smart(copy.deepcopy(model), config, 10)(batch)
+    model.kept, model.mock = Refusing(), MagicMock()
+    torch.manual_seed(1)
+    smart = Smart(model, config, 10)
+    assert torch.equal(smart(batch).smoothness, expected.smoothness)
+    assert not smart._passes._compiled
 
 
 def test_a_compiled_function_that_hides_the_gradient_is_an_error() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -446,8 +447,9 @@ def _mark(x: Tensor) -> _Mark:
 
 
 def by_compiler(function: Any) -> bool:
-    """Whether ``torch.compile`` made a function."""
-    return hasattr(function, "_torchdynamo_orig_callable")
+    """Whether this is a function that ``torch.compile`` made. Other objects are not asked: they may answer anything."""
+    kinds = (FunctionType, MethodType, staticmethod, classmethod)
+    return isinstance(function, kinds) and hasattr(function, "_torchdynamo_orig_callable")
 
 
 def is_compiled(module: nn.Module) -> bool:
