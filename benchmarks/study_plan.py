@@ -48,6 +48,7 @@ class Method(NamedTuple):
         begin: methods whose chosen settings are taken over before.
         averaged: a moving average of the weights is measured: plain's own, or the proximal term's teacher.
         always: it goes to the test set where settings are screened, whatever the development data say.
+        spends: it trains for as many epochs as cost what a run of this method costs (see `passes`).
     """
 
     name: str
@@ -56,9 +57,11 @@ class Method(NamedTuple):
     begin: Sequence[str] = ()
     averaged: bool = False
     always: bool = False
+    spends: str = ""
 
 
 PLAIN = "plain"
+LONGER = "plain, as many passes"
 RADII: Sequence[Mapping[str, Any]] = (
     {"epsilon": 1e-2},
     {"epsilon": 1e-3},
@@ -71,6 +74,7 @@ WEIGHTS_OF_TERMS = ("lambda_s", "mu")
 WEIGHTS: Sequence[Mapping[str, Any]] = ({"lambda_s": 1.0}, {"lambda_s": 0.1}, {"lambda_s": 10.0})
 METHODS = (
     Method(PLAIN, {"lambda_s": 0.0, "mu": 0.0}, always=True),
+    Method(LONGER, {"lambda_s": 0.0, "mu": 0.0}, always=True, spends="R_s, predicted"),
     Method("plain, averaged", {"lambda_s": 0.0, "mu": 0.0}, averaged=True, always=True),
     Method("SMART, paper", {"lambda_s": 1.0, "mu": 1.0}, always=True),
     Method(
@@ -97,9 +101,9 @@ MARGIN = 0.0
 """Points of development score by which a method may be behind plain fine-tuning; it is screened out below. What is
 tuned over more settings is favoured by the choice, so that one that is behind even so is unlikely to be ahead."""
 
-EVERYWHERE = (PLAIN, "SMART, paper", "D_Breg", "R_s, predicted")
-"""What goes to all cells, whatever any data say: plain fine-tuning, the published method, and each of its terms alone
-with the settings chosen for it. All methods are compared at HOME only."""
+EVERYWHERE = (PLAIN, LONGER, "SMART, paper", "D_Breg", "R_s, predicted")
+"""What goes to all cells, whatever any data say: plain fine-tuning, also for as long as the smoothness term takes, the
+published method, and each of its terms alone with the settings chosen for it. All methods are compared at HOME only."""
 
 HOME = Cell("trec", 100)
 """Where settings are screened and every method is tuned. They are carried to the other cells, where plain alone is
@@ -121,6 +125,9 @@ SEEDS = {50: 10, 100: 10, 300: 10, 1000: 5}
 REPEATED = ((Cell("trec", 50), "R_s, predicted"),)
 """Where a method's score was better than plain's beyond chance: both once more, with as many further seeds."""
 
+BESIDE = (PLAIN, LONGER)
+"""What is run again beside it."""
+
 TUNING_SEEDS = (100, 101, 102)
 """Other seeds than those of final runs: other examples, heads and orders."""
 
@@ -137,6 +144,9 @@ ELSEWHERE: Mapping[int, tuple[Sequence[float], Sequence[int]]] = {
 
 NEIGHBOURS = ((1.0, 1), (2.0, 1), (0.5, 2), (1.0, 2))
 """Factors on the best of the grid that every method is tuned over at HOME, plain beside its grid."""
+
+LONGER_RATES = (1.0, 0.5)
+"""Factors on plain's learning rate, over which it is tuned where it trains for longer."""
 
 
 # -------------------------------------------------------------------------- how it is chosen: this screen is all
@@ -223,6 +233,11 @@ def tuned(results: Results, method: Method, cell: Cell) -> Generator[Run, None, 
     rate and epochs in units of plain's, that were chosen for them there.
     """
     plain = METHODS[0]
+    if method.spends:
+        as_dear = yield from tuned(results, named(method.spends), cell)
+        epochs = round(passes(as_dear.settings) * as_dear.epochs)
+        rate = (yield from tuned(results, plain, cell)).lr
+        return (yield from pick(results, cell, [Trial(method.settings, rate * r, epochs) for r in LONGER_RATES]))
     if method.settings == plain.settings or cell == HOME:
         best = yield from best_of_grid(results, cell)
         if method.settings == plain.settings:
@@ -300,7 +315,7 @@ def plan(results: Results, cells: Sequence[Cell] = CELLS) -> Iterator[Run]:
     seen = set()
     wanted = [final(results, method, cell) for cell in cells for method in METHODS]
     wanted[:0] = [
-        repeated(results, (PLAIN, name), cell, further_seeds(cell)) for cell, name in REPEATED if cell in cells
+        repeated(results, (*BESIDE, name), cell, further_seeds(cell)) for cell, name in REPEATED if cell in cells
     ]
     for runs in wanted:
         try:

@@ -17,8 +17,11 @@ from typing import Any, NamedTuple
 
 from harness import COLOURS, OUR_COLOUR, finish, format_table, plotting
 from study_plan import (
+    BESIDE,
     CELLS,
     HOME,
+    LONGER,
+    LONGER_RATES,
     MARGIN,
     METHODS,
     NEIGHBOURS,
@@ -48,7 +51,7 @@ from study_run import CORRUPTED, DEVELOPMENT, GROUPED, Run, passes
 
 SIGNIFICANT = 0.05
 QUICK = (PLAIN, "SMART, paper")
-DRAWN = (PLAIN, "plain, averaged", "SMART, paper", "SMART, tuned", "R_s, predicted", "D_Breg", "R3F")
+DRAWN = (PLAIN, LONGER, "SMART, paper", "SMART, tuned", "R_s, predicted", "D_Breg", "R3F")
 """What the figure has of the methods: no more than can be told apart."""
 
 
@@ -190,12 +193,17 @@ def finished(results: Results, cell: Cell) -> list[Row]:
     return rows
 
 
+def difference(ours: Mapping[str, list[float]], theirs: Mapping[str, list[float]], measure: Measure) -> Paired:
+    """Of two methods by seed in one measure, of logarithms where it spans decades."""
+    change = math.log if measure.ratio else float
+    return paired(*([change(v) for v in values[measure.key]] for values in (ours, theirs)))
+
+
 def comparisons(rows: Sequence[Row], measure: Measure) -> dict[str, tuple[Paired, float]]:
     """Each method against plain, with the p-value that Holm's way gives for the methods of these rows together."""
-    change = math.log if measure.ratio else float
-    values = {row.method.name: [change(v) for v in row.values[measure.key]] for row in rows}
+    values = {row.method.name: row.values for row in rows}
     names = [name for name in values if name != PLAIN]
-    found = [paired(values[name], values[PLAIN]) for name in names]
+    found = [difference(values[name], values[PLAIN], measure) for name in names]
     return dict(zip(names, zip(found, holm([f.p for f in found]), strict=True), strict=True))
 
 
@@ -353,7 +361,21 @@ def verdicts(rows: Sequence[Row], cell: Cell) -> list[str]:
                 texts[kind].append(f"{measure.title} {difference_text(found, measure)}")
         parts = [f"{kind}: {'; '.join(found)}" for kind, found in texts.items() if found]
         lines.append(f"**{row.method.name}** — {'. '.join(parts) or 'nothing beyond chance'}.")
+    values = {row.method.name: row.values for row in rows}
+    dear = named(LONGER).spends
+    if {LONGER, dear} <= values.keys():
+        lines.append(f"**{dear}**, against {as_dear(values[dear], values[LONGER], cell)}")
     return lines
+
+
+def as_dear(ours: Mapping[str, list[float]], longer: Mapping[str, list[float]], cell: Cell) -> str:
+    """How a method does against plain fine-tuning that takes as many passes, in every measure but R_s."""
+    parts = []
+    for measure in MEASURES[cell.task]:
+        if not measure.ratio:
+            found = difference(ours, longer, measure)
+            parts.append(f"{measure.title} {difference_text(found, measure)} (p {p_text(found.p)})")
+    return f"{LONGER} (uncorrected): {'; '.join(parts)}."
 
 
 PROTOCOL = f"""\
@@ -368,12 +390,14 @@ PROTOCOL = f"""\
   coordinate after the other, then its pair is tuned over {len(NEIGHBOURS)}: that one, and factors on it of
   {", ".join(f"({rate:g}, {epochs})" for rate, epochs in NEIGHBOURS[1:])}; plain's, too, beside those.
   In every other cell plain alone is tuned, over four to six pairs; the others take the settings that were chosen for
-  them, and plain's pair times the factors that were best for them.
+  them, and plain's pair times the factors that were best for them. Plain fine-tuning is also run for as many passes
+  as the smoothness term costs, at the better of {len(LONGER_RATES)} rates: plain's times
+  {" and ".join(f"{rate:g}" for rate in LONGER_RATES)}.
   `study_plan.py` has it in one screen; `pick` is the only place where anything is chosen.
-- **Test.** On TREC-6 with {HOME.size} examples plain, its average and the paper's SMART go to the test set, and of all
-  others what is no more than {MARGIN:g} points behind plain on development data. Everywhere else go plain, the paper's
-  SMART, and each of its terms alone, whatever any data say. 10 seeds, at 1 000 examples 5. What is better than plain
-  beyond chance in its score is run again, with as many further seeds.
+- **Test.** On TREC-6 with {HOME.size} examples plain, its average, longer plain and the paper's SMART go to the test
+  set, and of all others what is no more than {MARGIN:g} points behind plain on development data. Everywhere else go
+  plain, longer plain, the paper's SMART, and each of its terms alone, whatever any data say. 10 seeds, at 1 000
+  examples 5. What is better than plain beyond chance in its score is run again, with as many further seeds.
 - **Statistics.** Differences from plain by seed, with 95 % confidence intervals and p-values of the paired t-test.
   The p-values are corrected by Holm's way for the methods of a table, each measure for itself; the intervals are not. A
   star means p < {SIGNIFICANT}. With wrong labels among the training examples, those of the development set are right.
@@ -412,10 +436,12 @@ def document(results: Results, drawn: bool) -> str:
     if not any_row:
         parts += ["No row is complete yet."]
     for cell, name in REPEATED:
-        runs_again = outcome(repeated(results, (PLAIN, name), cell, further_seeds(cell)))
+        runs_again = outcome(repeated(results, (*BESIDE, name), cell, further_seeds(cell)))
         if runs_again and all(run.key in results for chosen in runs_again.values() for run in chosen):
             table = markdown(again_columns(cell, runs_again), again(results, results, runs_again, cell))
-            parts += [f"## Found again? {name}", table]
+            values = {method: values_of(results, chosen) for method, chosen in runs_again.items()}
+            against = f"{name}, against {as_dear(values[name], values[LONGER], cell)}"
+            parts += [f"## Found again? {name}", table, against]
     if lines := screened_out(results):
         parts += ["## Screened out", "\n".join(f"- {line}" for line in lines)]
     parts += ["## On development data", f"Mean and standard deviation over {len(TUNING_SEEDS)} seeds of every trial."]
@@ -507,9 +533,7 @@ def again(study: Results, results: Results, runs: Mapping[str, Sequence[Run]], c
             if name == PLAIN:
                 lines.append([measure.title, name, text, "", "", ""])
                 continue
-            change = math.log if measure.ratio else float
-            ours, theirs = ([change(v) for v in new[n][measure.key]] for n in (name, PLAIN))
-            found = paired(ours, theirs)
+            found = difference(values, new[PLAIN], measure)
             known = difference_text(comparisons(rows, measure)[name][0], measure) if name in complete else "not yet"
             lines.append(["", name, text, difference_text(found, measure), p_text(found.p), known])
     return lines

@@ -145,7 +145,7 @@ def test_what_is_found_again_has_other_seeds(finished: dict[str, Any]) -> None:
         used = {*range(study_plan.SEEDS[cell.size]), *study_plan.TUNING_SEEDS, *study.QUICK_SEEDS}
         assert len(seeds) == study_plan.SEEDS[cell.size]
         assert not used & set(seeds)
-        runs = outcome(study_plan.repeated(finished, ("plain", name), cell, seeds))
+        runs = outcome(study_plan.repeated(finished, (*study_plan.BESIDE, name), cell, seeds))
         for method, again in runs.items():
             first = outcome(study_plan.final(finished, study_plan.named(method), cell))
             assert [dataclasses.replace(r, seed=0) for r in first] == [dataclasses.replace(r, seed=0) for r in again]
@@ -153,7 +153,7 @@ def test_what_is_found_again_has_other_seeds(finished: dict[str, Any]) -> None:
         ours, theirs = (study_report.values_of(finished, runs[m])["score"] for m in (name, "plain"))
         expected = study_report.paired(ours, theirs)
         measure = study_report.MEASURES[cell.task][0]
-        assert table[1][1:5] == [
+        assert table[2][1:5] == [
             name,
             f"{sum(ours) / len(ours):.1f}",
             study_report.difference_text(expected, measure),
@@ -219,7 +219,7 @@ def test_elsewhere_go_fixed_methods_as_they_are_tuned_at_home() -> None:
     assert names == list(study_plan.EVERYWHERE)
     plain, plain_there = (outcome(study_plan.tuned(results, PLAIN, c)) for c in (cell, home))
     assert (plain.lr, plain.epochs) in study_plan.grid(cell)
-    for method in map(study_plan.named, study_plan.EVERYWHERE[1:]):
+    for method in map(study_plan.named, study_plan.EVERYWHERE[2:]):
         own, there = (outcome(study_plan.tuned(results, method, c)) for c in (cell, home))
         assert own.settings == there.settings
         assert own.lr / plain.lr == pytest.approx(there.lr / plain_there.lr)
@@ -228,6 +228,19 @@ def test_elsewhere_go_fixed_methods_as_they_are_tuned_at_home() -> None:
     assert {json.dumps(r.settings) for r in tried if r.size == cell.size and r.part == "dev"} == {
         json.dumps(PLAIN.settings)
     }
+
+
+def test_plain_is_also_given_the_passes_of_the_smoothness_term(finished: dict[str, Any]) -> None:
+    smooth, longer = (study_plan.named(name) for name in ("R_s, predicted", study_plan.LONGER))
+    for cell in CELLS:
+        ours, plain, dear = (outcome(study_plan.tuned(finished, m, cell)) for m in (longer, PLAIN, smooth))
+        assert ours.settings == PLAIN.settings
+        assert ours.epochs == pytest.approx(dear.epochs * study_run.passes(dear.settings), abs=0.5)
+        assert ours.lr / plain.lr in study_plan.LONGER_RATES
+        rows = {row.method.name: row.values for row in study_report.finished(finished, cell)}
+        pairs = zip(rows[smooth.name]["score"], rows[longer.name]["score"], strict=True)
+        mean = sum(a - b for a, b in pairs) / study_plan.SEEDS[cell.size]
+        assert f"accuracy, % {mean:+.1f} [" in study_report.as_dear(rows[smooth.name], rows[longer.name], cell)
 
 
 def test_methods_that_begin_with_others_have_the_terms_of_both(finished: dict[str, Any]) -> None:
