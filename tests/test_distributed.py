@@ -546,6 +546,7 @@ def runs_the_example(rank: int, size: int, folder: Path) -> None:
     data = finetune.real_data.Dataset(split, None, split, ("a", "b"))
     finetune.TASKS["toy"] = (lambda: data, "accuracy")
     arguments = ["--task", "toy", "--model", str(folder), "--seeds", "1", "--epochs", "2", "--batch-size", "5"]
+    arguments += ["--lr", "3e-4", "--method", "vanilla", "smart", "recommended"]
     finetune.main([*arguments, "--out", str(folder / "out")])
 
 
@@ -553,7 +554,7 @@ def runs_the_example(rank: int, size: int, folder: Path) -> None:
 def test_the_example_on_two_processes(world: World, tmp_path: Path) -> None:
     world.run(runs_the_example, tmp_path)
     runs = json.loads((tmp_path / "out" / "finetune.json").read_text())["runs"]
-    assert [run["method"] for run in runs] == ["vanilla", "smart"]
+    assert [run["method"] for run in runs] == ["vanilla", "smart", "recommended"]
     for run in runs:
         assert len(run["task_loss"]) == 4  # of the third batch in each epoch, one example is too few for two processes
         assert all(0.3 < loss < 1.5 for loss in run["task_loss"])
