@@ -369,9 +369,9 @@ def measure_speed(report: Report, args: argparse.Namespace, progress: Callable[[
         if not both:
             peers[-1] = Peer(OURS, symmetric_kl_grad)
         elif args.limit and classes < LONG:
-            peers.insert(-1, Peer(f"{limit.KIND}, by autograd", partial(gradients, limit.product), limit.KIND))
+            peers[-1:-1] = [Peer(n, partial(gradients, call), limit.KIND) for n, call in limit.of_short_rows()]
         elif args.limit and dtype_name != "fp16":
-            peers[-1:-1] = limit.peers()
+            peers[-1:-1] = limit.of_long_rows()
 
         def inputs(
             size: tuple[int, int] = (rows, classes), dtype: torch.dtype = dtype, both: bool = both
