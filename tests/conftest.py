@@ -22,6 +22,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 os.environ.pop("PYTEST_ADDOPTS", None)  # of this run, not of one that a test starts
 
 
+BEGIN = frozenset(("test_interpreted", "test_every_instruction_set", "test_killed_while_saving"))
+"""Tests that run others again, or take as long. They begin, so that no process is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first; those that need the installed package together, as each process that has one compiles it."""
+    items.sort(
+        key=lambda i: getattr(i, "originalname", "") not in BEGIN and "installed" not in getattr(i, "fixturenames", ())
+    )
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
