@@ -113,7 +113,7 @@ class Nothing(torch.autograd.Function):
 
 def of_short_rows() -> list[tuple[str, Callable[[Tensor, Tensor], Tensor]]]:
     """Names and functions of two tensors whose forward and backward pass no loss can pass."""
-    return [(f"{KIND}, by autograd", product), (f"{KIND}, by Python", Nothing.apply)]
+    return [(f"{KIND}, by autograd", product), ("nothing at all, by Python", Nothing.apply)]
 
 
 def of_long_rows() -> list[Peer]:
