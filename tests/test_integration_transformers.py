@@ -182,7 +182,7 @@ def test_a_list_of_examples_is_not_looked_through() -> None:
             self.losses = [[1.0], [2.0]]
 
     holder = Holder()
-    kept = Attributes([holder])
+    kept = Attributes((), [holder])
     holder.examples.append({})
     holder.losses[0].append(3.0)
     kept.find_changes()

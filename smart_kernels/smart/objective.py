@@ -154,7 +154,8 @@ class Smart:
         head = find_head(model) if config.fuse_head and not self._alone else None
         if config.fuse_head is True and head is None and not self._alone:
             raise ValueError(_UNFUSED.format("the model has no, or more than one, get_output_embeddings()"))
-        self._passes = Passes(model, forward, module, config.dropout, self._alone, self.teacher is not None, head)
+        options = config.dropout, self._alone, self.teacher is not None, head, config.check
+        self._passes = Passes(model, forward, module, *options)
         self._layout = Layout(model, None if mask is attention_mask else mask)
         # what a sample is matters to norms alone
         signs = config.adversary in AT_CLEAN and config.norm == "linf"

@@ -26,8 +26,19 @@ from smart_kernels.smart.parallel import (
     sharded_modules,
     without_reducer,
 )
-from smart_kernels.smart.recording import Recording, Replay, by_compiler, has_compiled_functions, is_compiled
-from smart_kernels.smart.state import Attributes, Generators, States, has_attributes, reachable, set_states
+from smart_kernels.smart.recording import Recording, Replay, Uses, by_compiler, has_compiled_functions, is_compiled
+from smart_kernels.smart.state import (
+    SMALL,
+    Assignment,
+    Attributes,
+    Generators,
+    States,
+    fingerprints,
+    has_attributes,
+    plain,
+    reachable,
+    set_states,
+)
 from smart_kernels.smart.structure import copied
 from smart_kernels.smart.teacher import Teacher
 
@@ -186,6 +197,8 @@ class Passes:
         alone: whether there is no pass but the clean one.
         taught: whether there are passes with a teacher's weights.
         head: the model's head, to end extra passes in front of; None where it is not asked for.
+        inspects: whether the first pass looks for what it changes without autograd's count, by `.data`; it waits for
+            the device then.
     """
 
     def __init__(
@@ -197,6 +210,7 @@ class Passes:
         alone: bool = False,
         taught: bool = True,
         head: Head | None = None,
+        inspects: bool = False,
     ) -> None:
         self.model = model
         self.head = head
@@ -244,6 +258,12 @@ class Passes:
         self._by_calls = False  # what is compared is not what the user's function gives
         self._attributes = Attributes(())
         self._changed_parameters: list[tuple[str, nn.Parameter]] = []
+        self._begun: dict[
+            str, Tensor
+        ] = {}  # copies of parameters that passes are known to change, from before this one
+        self._inspects = inspects and not alone and not self._sharded
+        self._silently: set[str] = set()  # parameters that a pass changes by `.data`
+        self._elsewhere = False  # whether the model reads parameters from elsewhere than its modules
         self._before: States = []
         self._after: States = []
         self._masks = SharedMasks()
@@ -303,7 +323,7 @@ class Passes:
     def trial(self) -> Iterator[None]:
         """Around runs of the user's function, in evaluation mode, whose traces are put back when it ends."""
         objects, dicts = reachable(self._forward)
-        attributes, states = Attributes((*self._changeable, *objects), dicts), self._generators.states()
+        attributes, states = Attributes(self._changeable, objects, dicts), self._generators.states()
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
         self.repeats = True
@@ -349,8 +369,8 @@ class Passes:
             return CleanPass(loss, logits, detached(logits), (), batch, ())
         self._batch, _ = copied(batch)
         objects, dicts = reachable(self._forward)
-        self._attributes = Attributes((*self._changeable, *objects), dicts, self._changing)
-        versions = [p._version for _, p in self._parameters]
+        self._attributes = Attributes(self._changeable, objects, dicts, self._changing)
+        versions = self._parameter_versions()
         # with "independent" masks, what a generator of torch's gives is no matter of ours
         self._before = self._generators.states()
         hook, apart = self.hook, self._compiled or not self.may_split()
@@ -361,17 +381,23 @@ class Passes:
         self._split = split
         self._masks.set(keep=split, pack=False)
         count = (lambda: 0) if hook is None else (lambda: len(hook.calls))
-        recording = Recording(self.model, self._modules, self._ids, self._entries, self._generators, count)
+        known = set() if self._sharded else {name for name, _ in self._changed_parameters}
+        self._begun = {name: p.detach().clone() for name, p in self._parameters if name in known}
+        inspected = self._written_silently() if self._inspects else nullcontext()
+        moved = self._moves()
+        recording = Recording(self.model, self._modules, self._ids, self._entries, self._generators, count, moved)
         try:
             reading = nullcontext() if hook is None else hook.read(**how)
-            with reading, self._reading_head(), self._sharing(), recording:
+            with inspected, reading, self._reading_head(), self._sharing(), recording:
                 loss, logits = self._user(self.model, batch)
         finally:
             self._after = self._generators.states()
         self._attributes.find_changes()
-        pairs = zip(self._parameters, versions, strict=True)
-        # of shards, what is changed is the memory that they are gathered from
-        self._changed_parameters = [] if self._sharded else [n for n, old in pairs if n[1]._version != old]
+        if not self._sharded:  # of shards, what is changed is the memory that they are gathered from
+            pairs = zip(self._parameters, versions, self._parameter_versions(), strict=True)
+            self._changed_parameters = [
+                n for n, old, new in pairs if old != new or n[0] in self._silently or n[0] in known
+            ]
         self._by_calls = logits is None
         called, logits = called_logits(recording.outputs()) if logits is None else (None, _as_logits(logits))
         self._replay = recording.replay(logits, self._dropout != "independent")
@@ -402,6 +428,51 @@ class Passes:
         cuts = () if hook is None else tuple(hook.cuts)
         given = detached(logits)
         return CleanPass(loss, logits, given, calls, self._batch, arguments, places, self._regraphed, called, cuts)
+
+    def _parameter_versions(self) -> list[tuple[int, int]]:
+        """How often each parameter was changed in place, and where it lies: `p.data = ...` does not count."""
+        return [(p._version, p.data_ptr() if plain(p) else 0) for _, p in self._parameters]
+
+    @property
+    def not_begun_anew(self) -> list[str]:
+        """The parameters that this pass has changed first: extra passes go on from there, and not from before it."""
+        return [name for name, _ in self._changed_parameters if name not in self._begun]
+
+    @contextmanager
+    def _written_silently(self) -> Iterator[None]:
+        """Around the first pass: find the parameters, and the large buffers, that it writes to by `.data`."""
+        buffers = [b for _, b in self._bare.named_buffers() if b.numel() > SMALL and plain(b)]
+        named = [(name, p) for name, p in self._parameters if plain(p)]
+        looked_at = [*(p for _, p in named), *buffers]
+        before = fingerprints(looked_at)
+        yield
+        self._inspects = False
+        changed = (fingerprints(looked_at) != before).tolist()
+        self._silently = {name for (name, _), found in zip(named, changed, strict=False) if found}
+        self._changing |= {id(b) for b, found in zip(buffers, changed[len(named) :], strict=True) if found}
+
+    def _moves(self) -> Callable[[], tuple[list[Assignment], bool]]:
+        """A function for :class:`Recording`: what has become of the model since it was asked last.
+
+        What the user's function does before a call of the model, or around it, is seen so. Attributes that it assigns
+        are assigned again; after anything else it runs again as a whole: buffers that it changes, other tensors in the
+        place of parameters, as `functional_call` has them, parameters that are frozen for a while, the kernels that
+        attention may choose from.
+        """
+        first = self._around()
+
+        def moved() -> tuple[list[Assignment], bool]:
+            assigned, others = self._attributes.moved()
+            return assigned, others or self._around() != first
+
+        return moved
+
+    def _around(self) -> tuple[Any, ...]:
+        """What a pass depends on besides attributes, buffers and generators, to be compared."""
+        choices: Any = torch.backends.cuda
+        kernels = choices.flash_sdp_enabled, choices.mem_efficient_sdp_enabled, choices.math_sdp_enabled
+        parts = () if self._sharded else tuple([id(places.get(key)) for _, places, key, _, _ in self._places])
+        return tuple([p.requires_grad for p in self._weights()]), parts, tuple([enabled() for enabled in kernels])
 
     def fuse(self, clean: CleanPass, calls: Sequence[HeadCall]) -> CleanPass | str:
         """The clean pass with hidden states in place of logits, for extra passes of the like; or why not.
@@ -549,7 +620,8 @@ class Passes:
     def taught(self, teacher: Teacher | None) -> Logits:
         """The logits with the teacher's weights in place of the model's own, as constants; for None, with its own.
 
-        The pass takes the way of one in training, and keeps nothing for a backward pass.
+        The pass takes the way of one in training, and keeps nothing for a backward pass. The teacher's weights stand in
+        the modules in place of the parameters, or in these, where the model is found to read them from elsewhere.
         """
         own = {name: p for name, p in self._parameters if p.requires_grad}
         swapped = nullcontext() if teacher is None else teacher.weights()
@@ -561,12 +633,20 @@ class Passes:
             if self._compiled:  # the same parameters, and the same hook, so the same graph
                 with swapped, nullcontext() if self.hook is None else self.hook.unread():
                     return detached(self._run())
+            if self._elsewhere:
+                with swapped:
+                    return detached(self._run(head=teacher is not None))
             values = own if teacher is None else teacher.parameters()
             changed = {name for name, _ in self._changed_parameters}
             values = {
                 n: (v.detach().clone() if n in changed else v.detach()).requires_grad_() for n, v in values.items()
             }
-            return detached(self._run(values, head=teacher is not None))
+            if teacher is not None:
+                return detached(self._run(values, head=True))
+            with Uses({id(p) for p in own.values()}) as uses:
+                logits = detached(self._run(values))
+            self._elsewhere = uses.any  # what is held in a list, say, is not replaced
+            return logits
 
     def _run(
         self,
@@ -589,6 +669,8 @@ class Passes:
         for name, p in self._changed_parameters:
             if name not in values:  # a pass changes them in place: a copy of its own
                 values[name] = p.clone()
+                if name in self._begun:
+                    values[name].data.copy_(self._begun[name])
         by_id = {id(p): values[name] for name, p in self._parameters if name in values}
 
         def function() -> Logits:

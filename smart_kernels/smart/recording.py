@@ -8,7 +8,8 @@ only those are repeated. The function's loss, metrics, counters, random augmenta
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FunctionType, MethodType
 from typing import Any
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from smart_kernels.smart.parallel import without_reducer
-from smart_kernels.smart.state import Generators, States, set_states, version
+from smart_kernels.smart.state import Assignment, Generators, States, set_states, version
 from smart_kernels.smart.structure import PLAIN, Filled, copied, leaves, mapped, tensors
 
 
@@ -85,6 +86,8 @@ class _Node:
     outputs: dict[int, int] = dataclasses.field(default_factory=dict)
     """Number by place among the output's leaves."""
     embeddings: range = range(0)
+    assigned: int = 0
+    """How many of the assignments of :class:`Recording` were made before."""
     output: Any = None
     """Of a call: its output, as long as the recording goes on."""
     call: bool = False
@@ -100,6 +103,8 @@ class Recording(TorchFunctionMode):
         entries: the modules that are called from outside of the model, as far as they are known; None for any.
         generators: whose states are kept with each call.
         count: tells how often the module to perturb has been called.
+        moved: tells what has become of attributes, and of whatever else calls depend on, since it was asked last: what
+            was assigned, and whether anything else was changed.
     """
 
     def __init__(
@@ -110,11 +115,15 @@ class Recording(TorchFunctionMode):
         entries: set[nn.Module] | None,
         generators: Generators | None,
         count: Callable[[], int] = lambda: 0,
+        moved: Callable[[], tuple[list[Assignment], bool]] = lambda: ([], False),
     ) -> None:
         super().__init__()
         self._model = model
         self._generators = generators
         self._count = count
+        self._moved = moved
+        self._assigned: list[Assignment] = []  # by the function, between calls
+        self._set_apart = False  # whether it has changed otherwise what calls depend on
         self._modules = modules
         self._entries = entries
         self._parameters = parameters
@@ -175,7 +184,11 @@ class Recording(TorchFunctionMode):
         self.called.add(module)
         inner = without_reducer(module)
         node = self._node(inner, (args, kwargs), call=True)
-        node.unknown |= self._taken and any(type(x) is float for x in leaves((args, kwargs)))
+        assigned, others = self._moved()
+        self._assigned += assigned
+        self._set_apart |= others or not all(self._may_be_set_again(value) for _, _, value in assigned)
+        node.assigned = len(self._assigned)
+        node.unknown |= self._set_apart or (self._taken and any(type(x) is float for x in leaves((args, kwargs))))
         self._inner = None if inner is module else (inner, node)
         begin = self._count()
         self._depth += 1
@@ -184,11 +197,18 @@ class Recording(TorchFunctionMode):
         finally:
             self._depth -= 1
             self._inner = None
+        self._moved()  # what the model changes itself, it changes again
         node.embeddings = range(begin, self._count())
         node.output = output
         self._made(node, output)
         self.nodes.append(node)
         return output
+
+    def _may_be_set_again(self, value: Any) -> bool:
+        """Whether an attribute's value is the same in every pass, and no pass changes it."""
+        if isinstance(value, Tensor):
+            return value.grad_fn is None and self._numbers.get(value) is None
+        return isinstance(value, (*PLAIN, nn.Module)) or callable(value)
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -212,8 +232,10 @@ class Recording(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         self._taken |= name in _TAKING
         changes = "out" in kwargs or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-        node = self._node(func, (args, kwargs), changes=changes)
-        node.unknown |= self._taken
+        changes |= name in _ON_GRAPHS
+        again = functools.partial(_where_followed, func) if name in _ON_GRAPHS else func
+        node = self._node(again, (args, kwargs), changes=changes)
+        node.unknown |= self._taken or (name in _KEEPING and self._keeps(args, kwargs))
         result = func(*args, **kwargs)
         if changes or any(isinstance(x, Tensor) for x in leaves(result)):
             if changes:
@@ -222,6 +244,10 @@ class Recording(TorchFunctionMode):
             self._made(node, result)
             self.nodes.append(node)
         return result
+
+    def _keeps(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether statistics are kept, in buffers of a module that was called unheard, as no call of it was known."""
+        return any(isinstance(x, Tensor) for x in (*args[1:2], kwargs.get("running_mean")))
 
     def _of_model(self, arguments: Any) -> bool:
         return any(self._numbers.get(x) is not None or id(x) in self._parameters for x in tensors(arguments))
@@ -351,14 +377,22 @@ class Recording(TorchFunctionMode):
         kept = sound and all(not n.unknown and (n.function is _again or _as_it_was(n.arguments)) for n in nodes)
         if None in numbers or not kept or not any(n.call for n in nodes):
             return None
-        return Replay(nodes, [n for n in numbers if n is not None], list(self._modules), whole)
+        return Replay(nodes, [n for n in numbers if n is not None], list(self._modules), whole, self._assigned)
 
 
 class Replay(nn.Module):
     """The calls that some logits come from, to be made again."""
 
-    def __init__(self, nodes: list[_Node], logits: list[int], modules: list[nn.Module], generators: bool) -> None:
+    def __init__(
+        self,
+        nodes: list[_Node],
+        logits: list[int],
+        modules: list[nn.Module],
+        generators: bool,
+        assigned: Sequence[Assignment] = (),
+    ) -> None:
         super().__init__()
+        self._assigned = tuple(assigned)
         self._nodes = nodes
         self._logits = logits
         self._tree = _Held(modules)
@@ -395,6 +429,7 @@ class Replay(nn.Module):
         """
         made: dict[int, Any] = {}
         wanted = torch.is_grad_enabled()
+        done = 0
 
         def give(x: Any) -> Any:
             if isinstance(x, _Value):
@@ -409,6 +444,9 @@ class Replay(nn.Module):
         for node in self._nodes:
             if self._set and node.generators:
                 set_states(node.generators)
+            for attributes, name, value in self._assigned[done : node.assigned]:
+                attributes[name] = value
+            done = max(done, node.assigned)
             with node.surroundings.restored(self._tree.modules, wanted and (node.surroundings.grad or grad)):
                 if node.function is _again:
                     output, _ = copied(node.arguments)
@@ -419,6 +457,32 @@ class Replay(nn.Module):
                 if place in node.outputs:
                     made[node.outputs[place]] = x
         return tuple(made[n] for n in self._logits)
+
+
+class Uses(TorchFunctionMode):
+    """Tells whether certain tensors are used in this mode.
+
+    Args:
+        ids: of the tensors.
+    """
+
+    def __init__(self, ids: Collection[int]) -> None:
+        super().__init__()
+        self._ids = ids
+        self.any = False
+
+    def __enter__(self) -> Uses:
+        """Begin to look."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Look at what is given to the function."""
+        kwargs = kwargs or {}
+        self.any |= any(id(x) in self._ids for x in tensors((args, kwargs)))
+        return func(*args, **kwargs)
 
 
 class _Held:
@@ -435,6 +499,10 @@ def _again() -> None:
 _HERE = Surroundings(True, ())
 _IN_PLACE = {f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
 _IN_PLACE |= {"__setitem__", "__set__"}
+_ON_GRAPHS = {"register_hook", "retain_grad"}
+"""Functions that change what a tensor's graph does."""
+
+_KEEPING = {"batch_norm", "instance_norm"}
 _TAKING = {"item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "__contains__"}
 """Functions that read a value out of a tensor: what Python makes of it is not seen."""
 
@@ -444,6 +512,11 @@ _Mark = tuple[int, int | None]
 def _mark(x: Tensor) -> _Mark:
     """What changes where a tensor is changed, or put into another graph, by something that is not recorded."""
     return version(x), None if x.grad_fn is None else x.grad_fn._sequence_nr()
+
+
+def _where_followed(function: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What changes a graph, where there is one: an extra pass may follow fewer tensors than the clean one."""
+    return function(tensor, *args, **kwargs) if tensor.requires_grad else None
 
 
 def by_compiler(function: Any) -> bool:
