@@ -382,10 +382,14 @@ def test_a_weight_that_is_normalised_by_its_data_leaves_the_teachers_alone() -> 
     assert torch.equal(smart.teacher.shadows["heads.0.weight"], shadow)
 
 
-def test_a_large_buffer_that_is_written_to_by_its_data() -> None:
+@pytest.mark.parametrize("buffer", [False, True])
+def test_a_large_tensor_that_is_written_to_by_its_data(buffer: bool) -> None:
     torch.manual_seed(0)
     model = Tasks()
-    model.register_buffer("count", torch.zeros(100_000))
+    if buffer:
+        model.register_buffer("count", torch.zeros(100_000))
+    else:
+        model.count = torch.zeros(100_000)
 
     def function(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
         model.count.data.add_(1)

@@ -28,7 +28,6 @@ from smart_kernels.smart.parallel import (
 )
 from smart_kernels.smart.recording import Recording, Replay, Uses, by_compiler, has_compiled_functions, is_compiled
 from smart_kernels.smart.state import (
-    SMALL,
     Assignment,
     Attributes,
     Generators,
@@ -235,6 +234,7 @@ class Passes:
         self._modules = list(self._bare.modules())
         self._changeable = [m for m in self._modules if m._buffers or has_attributes(m)]
         self._parameters = [(name, p) for name, p in self._bare.named_parameters()]
+        self._addressed = [(p, plain(p)) for _, p in self._parameters]
         self._ids = {id(p): p.device for _, p in self._parameters}
         self._taught = taught
         self._trainable = {id(p) for _, p in self._parameters if p.requires_grad}
@@ -431,7 +431,7 @@ class Passes:
 
     def _parameter_versions(self) -> list[tuple[int, int]]:
         """How often each parameter was changed in place, and where it lies: `p.data = ...` does not count."""
-        return [(p._version, p.data_ptr() if plain(p) else 0) for _, p in self._parameters]
+        return [(p._version, p.data_ptr() if has_memory else 0) for p, has_memory in self._addressed]
 
     @property
     def not_begun_anew(self) -> list[str]:
@@ -440,16 +440,16 @@ class Passes:
 
     @contextmanager
     def _written_silently(self) -> Iterator[None]:
-        """Around the first pass: find the parameters, and the large buffers, that it writes to by `.data`."""
-        buffers = [b for _, b in self._bare.named_buffers() if b.numel() > SMALL and plain(b)]
+        """Around the first pass: find the parameters, and the large tensors of modules, that it writes to by `.data`."""
+        large = [x for x in self._attributes.not_copied() if plain(x)]
         named = [(name, p) for name, p in self._parameters if plain(p)]
-        looked_at = [*(p for _, p in named), *buffers]
+        looked_at = [*(p for _, p in named), *large]
         before = fingerprints(looked_at)
         yield
         self._inspects = False
         changed = (fingerprints(looked_at) != before).tolist()
         self._silently = {name for (name, _), found in zip(named, changed, strict=False) if found}
-        self._changing |= {id(b) for b, found in zip(buffers, changed[len(named) :], strict=True) if found}
+        self._changing |= {id(x) for x, found in zip(large, changed[len(named) :], strict=True) if found}
 
     def _moves(self) -> Callable[[], tuple[list[Assignment], bool]]:
         """A function for :class:`Recording`: what has become of the model since it was asked last.

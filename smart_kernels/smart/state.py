@@ -49,7 +49,7 @@ _OF_TRAINERS = frozenset({"train_dataset", "eval_dataset"})
 _DEPTH = 4
 _HELPERS = 2
 """How far functions are followed that a user's function names."""
-SMALL = 65536
+_SMALL = 65536
 """Elements of a tensor up to which it is copied at each step, whether or not it has ever been changed."""
 
 
@@ -188,12 +188,16 @@ class Attributes:
         others = versions != now[1] or not all(_same(a, b) for a, b in zip(contents, now[2], strict=True))
         return assigned, others or any(value is _MISSING for _, _, value in assigned)
 
+    def not_copied(self) -> list[Tensor]:
+        """The tensors that are too large to be copied at each step, and not known to change."""
+        return [tensor for _, _, tensor, _, kept in self._tensors if kept is None and not tensor.requires_grad]
+
     def _keep(self, place: dict[str, Any], values: dict[str, Any], whole: bool = True) -> None:
         self._values.append((place, values, len(place) if whole else -1))
         for name, value in values.items():
             if isinstance(value, Tensor):
                 if type(value) is not nn.Parameter:
-                    copied = not value.requires_grad and (value.numel() <= SMALL or id(value) in self._changing)
+                    copied = not value.requires_grad and (value.numel() <= _SMALL or id(value) in self._changing)
                     self._tensors.append((place, name, value, version(value), value.clone() if copied else None))
             elif _is_array(value):
                 self._arrays.append((place, name, value, value.copy()))
@@ -210,7 +214,7 @@ class Attributes:
         copies = {
             id(v): v.clone() if isinstance(v, Tensor) else v.copy()
             for v in values
-            if _is_array(v) or (isinstance(v, Tensor) and not v.requires_grad and v.numel() <= SMALL)
+            if _is_array(v) or (isinstance(v, Tensor) and not v.requires_grad and v.numel() <= _SMALL)
         }
         self._contents[id(container)] = container, copy.copy(container), copies
         nested = [v for v in values if isinstance(v, _CONTAINERS)] if depth else []
@@ -381,7 +385,7 @@ def _again(value: Any) -> Any:
 
 def _is_array(value: Any) -> bool:
     numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.ndarray) and value.size <= SMALL and value.dtype != object
+    return numpy is not None and isinstance(value, numpy.ndarray) and value.size <= _SMALL and value.dtype != object
 
 
 def _is_of_user(value: Any) -> bool:
