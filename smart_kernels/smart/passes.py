@@ -440,7 +440,7 @@ class Passes:
 
     @contextmanager
     def _written_silently(self) -> Iterator[None]:
-        """Around the first pass: find the parameters, and the large tensors of modules, that it writes to by `.data`."""
+        """Around the first pass: find parameters, and large tensors of modules, that it writes to by `.data`."""
         large = [x for x in self._attributes.not_copied() if plain(x)]
         named = [(name, p) for name, p in self._parameters if plain(p)]
         looked_at = [*(p for _, p in named), *large]
