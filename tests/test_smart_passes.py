@@ -495,6 +495,101 @@ def test_a_loss_alone_is_compared_by_what_no_other_call_takes_up() -> None:
     assert out.smoothness > 0
 
 
+class Judged(nn.Module):
+    """A classifier whose loss, activation, metric and pooling are parts of it and are called by the function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+        self.pool, self.soft, self.hard = Pool(), nn.Softmax(-1), nn.Sigmoid()
+        self.each = nn.CrossEntropyLoss(reduction="none")
+        self.apart = nn.BCEWithLogitsLoss(reduction="none")
+        self.near = nn.CosineEmbeddingLoss(reduction="none")
+
+    def encode(self, ids: Tensor) -> Tensor:
+        return torch.tanh(self.mix(self.words(ids)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.encode(ids).mean(1))  # type: ignore[no-any-return]
+
+
+class Pool(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def _each(m: Any, b: Any) -> Tensor:
+    return (m.each(m(b["input_ids"]), b["labels"]) * b["weights"]).mean()  # type: ignore[no-any-return]
+
+
+def _with_a_metric(m: Any, b: Any) -> Tensor:
+    logits = m(b["input_ids"])
+    m.soft(logits)
+    return m.each(logits, b["labels"]).mean()  # type: ignore[no-any-return]
+
+
+def _activated(m: Any, b: Any) -> Tensor:
+    return F.nll_loss(m.soft(m(b["input_ids"])).log(), b["labels"])
+
+
+def _of_labels_apart(m: Any, b: Any) -> Tensor:
+    return m.apart(m(b["input_ids"]), F.one_hot(b["labels"], 3).float()).mean()  # type: ignore[no-any-return]
+
+
+def _scaled(m: Any, b: Any) -> Tensor:
+    return m.each(m(b["input_ids"]) / 2, b["labels"]).mean()  # type: ignore[no-any-return]
+
+
+def _by_pieces(m: Any, b: Any) -> Tensor:
+    hidden = m.pool(torch.tanh(m.mix(m.words(b["input_ids"]))), torch.ones_like(b["input_ids"]))
+    return m.each(m.head(m.hard(torch.logit((hidden + 1) / 2)) * 2 - 1), b["labels"]).mean()  # type: ignore[no-any-return]
+
+
+def _near(m: Any, b: Any) -> Tensor:
+    logits = m(b["input_ids"])
+    return m.near(logits, F.one_hot(b["labels"], 3).float(), 2.0 * (b["labels"] > 0) - 1).mean()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("alone", [_each, _with_a_metric, _activated, _of_labels_apart, _scaled, _by_pieces, _near])
+def test_a_loss_alone_is_not_compared_by_what_judges_the_logits(alone: Any) -> None:
+    """Against the divergence of the model's logits, by their definition."""
+    torch.manual_seed(0)
+    model = Judged()
+    g = torch.Generator().manual_seed(0)
+    batch = {
+        "input_ids": torch.randint(0, VOCABULARY, (6, 5), generator=g),
+        "labels": torch.randint(0, 3, (6,), generator=g),
+        "weights": torch.rand(6, generator=g),
+    }
+    out = Smart(model, SmartConfig(**BALL), 10, forward=alone)(batch)
+    with torch.no_grad():
+        clean = model(batch["input_ids"])
+        handle = model.words.register_forward_hook(lambda _m, _a, x: x + out.perturbation)
+        perturbed = model(batch["input_ids"])
+        handle.remove()
+    torch.testing.assert_close(out.logits, clean)
+    expected = symmetric_kl(perturbed.double(), clean.double()).mean()
+    torch.testing.assert_close(out.smoothness.double(), expected, rtol=2e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_loss_alone_is_compared_by_what_a_last_pooling_gives(masked: bool) -> None:
+    """It has no parameters, as a loss has none."""
+    model = Judged()
+    model.average = nn.AdaptiveAvgPool2d((1, None))  # type: ignore[assignment]
+    ids = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
+
+    def embed(m: Any, ids: Tensor) -> Tensor:
+        hidden = m.mix(m.words(ids))
+        return m.pool(hidden, torch.ones_like(ids)) if masked else m.average(hidden)  # type: ignore[no-any-return]
+
+    def alone(m: Any, batch: Any) -> Tensor:
+        return embed(m, batch["input_ids"]).square().mean()
+
+    out = Smart(model, SmartConfig(**BALL), 10, forward=alone)({"input_ids": ids})
+    torch.testing.assert_close(out.logits, embed(model, ids).detach())
+
+
 class Tallies(Encoder):
     """Counts in places that are neither attributes nor lists of numbers."""
 

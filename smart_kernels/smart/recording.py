@@ -88,6 +88,8 @@ class _Node:
     output: Any = None
     """Of a call: its output, as long as the recording goes on."""
     call: bool = False
+    judges: bool = False
+    """Of a call: whether it is of a loss, an activation or a metric, so that what it was given still is a result."""
 
 
 class Recording(TorchFunctionMode):
@@ -177,6 +179,7 @@ class Recording(TorchFunctionMode):
         node = self._node(inner, (args, kwargs), call=True)
         node.unknown |= self._taken and any(type(x) is float for x in leaves((args, kwargs)))
         self._inner = None if inner is module else (inner, node)
+        given = [(x.shape, self._numbers.get(x) is not None) for x in tensors((args, kwargs))]
         begin = self._count()
         self._depth += 1
         try:
@@ -186,6 +189,7 @@ class Recording(TorchFunctionMode):
             self._inner = None
         node.embeddings = range(begin, self._count())
         node.output = output
+        node.judges = _judges(inner, given, output)
         self._made(node, output)
         self.nodes.append(node)
         return output
@@ -315,8 +319,11 @@ class Recording(TorchFunctionMode):
     # ---------------------------------------------------------------------------------------------- what it gives
 
     def outputs(self) -> list[Any]:
-        """The results of those calls that no later call reads: the differentiable ones, or all where none is."""
-        calls = [n for n in self.nodes if n.call and any(x.dim() for x in tensors(n.output))]  # not so of a criterion
+        """The results of those calls that no later call reads: the differentiable ones, or all where none is.
+
+        A loss, an activation or a metric of its own gives no result, and what it reads still is one.
+        """
+        calls = [n for n in self.nodes if n.call and not n.judges and any(x.dim() for x in tensors(n.output))]
         inner: set[int] = set()  # what goes into a later call is no result
         for call in calls:
             inner |= call.reads
@@ -426,6 +433,26 @@ class _Held:
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
+
+
+def _judges(module: nn.Module, given: Sequence[tuple[torch.Size, bool]], output: Any) -> bool:
+    """Whether a call is of a loss, an activation or a metric, which take what the model gave and are no part of it.
+
+    Such a module has no parameters. Nor has one that pools or reshapes: it gives at least two dimensions, of another
+    shape than the one result that it takes, and takes no target, which has the shape of that result or of the losses.
+
+    Args:
+        module: what was called.
+        given: of each tensor that it got, the shape, and whether it came from the model.
+        output: what it gave.
+    """
+    taken = [shape for shape, of_model in given if of_model]
+    if not taken or next(module.parameters(), None) is not None:
+        return False
+    made = [x.shape for x in tensors(output)]
+    others = [shape for shape, of_model in given if not of_model]
+    pools = len(taken) == len(made) == 1 and len(made[0]) > 1 and made != taken
+    return not pools or any(shape in (*taken, *made) for shape in others)
 
 
 def _again() -> None:
