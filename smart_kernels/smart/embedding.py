@@ -6,7 +6,6 @@ itself, so any architecture works. The hook is there for the length of a pass an
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 import warnings
@@ -346,22 +345,21 @@ def mean_norm(module: nn.Module) -> float:
 
 @torch.no_grad()
 def _mean_norm_by_calls(module: nn.Module, weight: Tensor) -> float:
-    run: Any = module
-    if hasattr(weight, "full_tensor"):
-        twin = copy.copy(module)
-        twin._parameters = {**module._parameters, "weight": nn.Parameter(weight.full_tensor())}
-        run = twin.forward  # past the hooks, which would gather shards
+    parameters, sharded = dict(module._parameters), hasattr(weight, "full_tensor")
+    run: Any = module.forward if sharded else module  # past the hooks, which would gather shards
     words = getattr(module, "num_embeddings", None)
     words = words if isinstance(words, int) else len(weight)
     # a look-up shortens these in place
     shortened = {
         f"{name}.weight".lstrip("."): m.weight.clone()
         for name, m in module.named_modules()
-        if isinstance(m, nn.Embedding) and m.max_norm is not None and run is module
+        if isinstance(m, nn.Embedding) and m.max_norm is not None and not sharded
     }
     attributes, training = Attributes(module.modules()), [m for m in module.modules() if m.training]
     total = 0.0
     try:
+        if sharded:
+            module._parameters["weight"] = nn.Parameter(weight.full_tensor())
         module.eval()
         for ids in torch.arange(words, device=weight.device).split(_AT_ONCE):
             given = (ids[None],)
@@ -377,6 +375,7 @@ def _mean_norm_by_calls(module: nn.Module, weight: Tensor) -> float:
     finally:
         for m in training:
             m.training = True
+        module._parameters.update(parameters)
         attributes.find_changes()
         attributes.undo()
     return total / words
