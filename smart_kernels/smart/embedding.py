@@ -344,7 +344,7 @@ def mean_norm(module: nn.Module) -> float:
 
 
 @torch.no_grad()
-def _mean_norm_by_calls(module: nn.Module, weight: Tensor) -> float:
+def _mean_norm_by_calls(module: nn.Module, weight: Any) -> float:
     parameters, sharded = dict(module._parameters), hasattr(weight, "full_tensor")
     run: Any = module.forward if sharded else module  # past the hooks, which would gather shards
     words = getattr(module, "num_embeddings", None)
