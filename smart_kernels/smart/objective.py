@@ -401,9 +401,8 @@ class Smart:
     ) -> Deltas:
         """The perturbations."""
         generator = self.generator if generator is None else generator
-        samples = clean.logits[0].size(0) if clean.logits[0].dim() else 1
         positions = [
-            self._layout.find(i, call, clean.batch, arguments, samples, self._scope)
+            self._layout.find(i, call, clean.batch, arguments, clean.logits[0].shape, self._scope)
             for i, (call, arguments) in enumerate(zip(clean.embeddings, clean.arguments, strict=True))
         ]
         noise = self._noise(clean.embeddings, positions, generator, initial)
