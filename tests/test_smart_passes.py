@@ -866,6 +866,48 @@ def test_logits_computed_for_a_metric_are_computed_again_with_a_graph(adversary:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def _cached(model: Any, batch: Any) -> Tensor:
+    """As losses that keep gradients: the graph is made when the loss goes backward."""
+    with torch.no_grad():
+        cached = model(**batch).logits
+    loss = F.cross_entropy(cached, batch["labels"]).detach().requires_grad_()
+    loss.register_hook(lambda _gradient: None)
+    return loss
+
+
+def _halved(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """No call is added, and the logits have no graph."""
+    out = model(**batch)
+    with torch.no_grad():
+        return out.loss, out.logits / 2
+
+
+def _added(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    loss = model(**batch).loss
+    with torch.no_grad():
+        return loss, model(**batch).logits
+
+
+@pytest.mark.parametrize("function", [_cached, _halved, _added])
+def test_generators_go_back_for_calls_alone_that_were_added_for_the_logits(function: Any) -> None:
+    """They end where the user's program leaves them, which has the loss alone."""
+    model = Encoder(dropout=0.3)
+    batch = batch_for(model)
+    smart = Smart(model, SmartConfig(**BALL), 10, forward=function)
+    smart.asks_for_logits(True)
+    for _ in range(2):
+        before = torch.get_rng_state()
+        if function is _added:
+            model(**batch)
+        else:
+            function(model, batch)
+        expected = torch.get_rng_state()
+        torch.set_rng_state(before)
+        smart(batch)
+        assert not torch.equal(expected, before)
+        assert torch.equal(torch.get_rng_state(), expected)
+
+
 def test_a_perturbation_that_moves_nothing_is_refused() -> None:
     class Deaf(Encoder):
         def from_embeddings(self, x: Tensor, *args: Any) -> Any:

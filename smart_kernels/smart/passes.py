@@ -389,7 +389,7 @@ class Passes:
         self._regraphed = self._replay is not None and self._without_graph(logits)
         if self._regraphed:
             assert self._replay is not None
-            if self.asks_for_logits:
+            if self.asks_for_logits and not self._by_calls and recording.apart(loss, logits):
                 # they are those of the loss's own pass, and what was drawn for them was not in the user's program
                 self._after = self._replay.begin_at(self._before)
             reading = nullcontext() if hook is None else hook.read(**how)

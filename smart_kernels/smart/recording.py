@@ -334,6 +334,21 @@ class Recording(TorchFunctionMode):
         with_graph = [o for o in outputs if any(x.requires_grad for x in tensors(o))]
         return with_graph or outputs
 
+    def apart(self, loss: Tensor, logits: Sequence[Tensor]) -> bool:
+        """Whether the logits come from other calls than the loss."""
+        calls = {id(node) for node in self._behind([loss]) if node.call}
+        return not any(id(node) in calls for node in self._behind(logits))
+
+    def _behind(self, results: Sequence[Tensor]) -> list[_Node]:
+        """What these came from, in its order."""
+        live = {n for n in map(self._numbers.get, results) if n is not None}
+        nodes: list[_Node] = []
+        for node in reversed(self.nodes):
+            if node.writes & live:
+                nodes.append(node)
+                live |= node.reads
+        return nodes[::-1]
+
     def replay(self, logits: Sequence[Tensor], whole: bool) -> Replay | None:
         """How these logits are computed anew.
 
@@ -345,13 +360,7 @@ class Recording(TorchFunctionMode):
             None where it is not known what they were made of.
         """
         numbers = [self._numbers.get(x) for x in logits]
-        nodes: list[_Node] = []
-        live = {n for n in numbers if n is not None}
-        for node in reversed(self.nodes):
-            if node.writes & live:
-                nodes.append(node)
-                live |= node.reads
-        nodes.reverse()
+        nodes = self._behind(logits)
         for node in self.nodes:
             node.output = None
         sound = all(n is None or self._made_as[n] == _mark(x) for n, x in zip(numbers, logits, strict=True))
