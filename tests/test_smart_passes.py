@@ -179,6 +179,69 @@ def test_a_cache_grows_as_in_one_pass(pieces: int) -> None:
     assert cache.get_seq_length() == 9
 
 
+# ------------------------------------------------------------------------------------- gradients within the model
+
+
+class Forces(nn.Module):
+    """Gives an energy and, as its gradient by positions, forces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH + 3, WIDTH), nn.Linear(WIDTH, 1)
+
+    def forward(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            positions = positions.detach().requires_grad_()
+            x = F.dropout(torch.tanh(self.mix(torch.cat([self.words(ids), positions], -1))), 0.3)
+            energy = self.head(x.sum(1))
+            return energy, -torch.autograd.grad(energy.sum(), positions, create_graph=True)[0]
+
+
+class Slopes(Forces):
+    """The same by torch.func."""
+
+    def forward(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        def energy(positions: Tensor) -> tuple[Tensor, Tensor]:
+            e = self.head(torch.tanh(self.mix(torch.cat([x, positions], -1))).sum(1))
+            return e.sum(), e
+
+        x = self.words(ids)
+        forces, e = torch.func.grad(energy, has_aux=True)(positions)
+        return e, -forces
+
+
+@pytest.mark.parametrize("options", [{}, {"lambda_s": 0.0}, {"dropout": "independent", "check": False}])
+@pytest.mark.parametrize("kind", [Forces, Slopes])
+def test_a_model_that_takes_gradients_in_its_forward_pass(kind: type[Forces], options: dict[str, Any]) -> None:
+    """The terms are those of the function, run by hand with the teacher's weights and from the same random numbers."""
+    torch.manual_seed(0)
+    model = kind().double()
+    batch = {"ids": torch.randint(0, 20, (6, 5)), "positions": torch.randn(6, 5, 3, dtype=torch.float64)}
+
+    def forward(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        energy, forces = model(**batch)
+        return energy.square().mean() + forces.square().mean(), energy
+
+    smart = Smart(model, SmartConfig(**BALL, **options), 10, forward=forward)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.05)
+    for _ in range(2):
+        before = torch.get_rng_state()
+        out = smart.backward(batch)
+        after = torch.get_rng_state()
+        assert smart.teacher is not None
+        torch.set_rng_state(before)
+        clean = model(**batch)[0].detach()
+        assert torch.equal(torch.get_rng_state(), after)
+        torch.set_rng_state(before)
+        with smart.teacher.weights():
+            taught = model(**batch)[0].detach()
+        torch.set_rng_state(after)
+        if options.get("dropout") != "independent":
+            torch.testing.assert_close(out.proximal, (clean - taught).square().mean())
+
+
 # ------------------------------------------------------------------------------------------ metrics and other traces
 
 

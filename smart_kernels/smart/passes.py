@@ -238,6 +238,7 @@ class Passes:
         self._replay: Replay | None = None
         self._loss_replay: Replay | None = None
         self._seen_from: States | None = None
+        self._differentiates = False  # a pass of which nothing is saved fails
         self._split = False  # the clean pass's graph is freed before the perturbed pass
         self._calls = 0  # of the module to perturb, in the user's function
         self._regraphed = False  # what is compared was computed without a graph, and is computed again with one
@@ -474,8 +475,12 @@ class Passes:
         """The logits at embeddings + deltas, as constants; the next perturbed pass is this one again."""
         self._seen_from = self._generators.states() if self._dropout == "independent" else None
         outputs = [perturb(c.output.detach(), d) for c, d in zip(clean.embeddings, deltas, strict=True)]
-        with self._extra(), self._replaced(clean, outputs, self._replay is None):
-            return self._constants()
+
+        def run() -> Logits:
+            with self._replaced(clean, outputs, self._replay is None):
+                return self._run()
+
+        return self._constants(run, self._seen_from)
 
     @property
     def repeatable(self) -> bool:
@@ -494,13 +499,29 @@ class Passes:
             logits, self.head.calls = [call.hidden for call in self.head.calls], []
         return replace(clean, loss=loss, logits=tuple(logits), constant=False)
 
-    def _constants(self) -> Logits:
-        """The logits by the way of a pass in training, of which nothing is kept for a backward pass."""
+    def _constants(self, run: Callable[[], Logits], states: States | None = None) -> Logits:
+        """The logits by the way of a pass in training, of which nothing is kept for a backward pass.
+
+        Args:
+            run: gives them.
+            states: of the generators to begin with, where masks are "independent".
+        """
         if self._sharded:  # whose hooks would wait for the backward pass
-            with torch.no_grad():
-                return self._run()
-        with _nothing_saved(casts_kept=self._compiled):
-            return detached(self._run())
+            with self._extra(), torch.no_grad():
+                return run()
+        if not self._differentiates:
+            try:
+                # a compiled model asks whether casts are kept; `weights()` forgets them
+                with self._extra(states), _for_no_backward(casts_kept=self._compiled, saved=False):
+                    return detached(run())
+            except torch.OutOfMemoryError:
+                raise
+            except (TypeError, RuntimeError):
+                pass  # as where the model takes a gradient in its forward pass, which needs what is saved
+        with self._extra(states), _for_no_backward(casts_kept=self._compiled, saved=True):
+            logits = detached(run())
+        self._differentiates = True
+        return logits
 
     @contextmanager
     def probe(self, clean: CleanPass, deltas: tuple[Tensor, ...], loss: bool) -> Iterator[tuple[Tensor | None, Logits]]:
@@ -552,21 +573,24 @@ class Passes:
         The pass takes the way of one in training, and keeps nothing for a backward pass.
         """
         own = {name: p for name, p in self._parameters if p.requires_grad}
-        swapped = nullcontext() if teacher is None else teacher.weights()
-        if self._sharded:  # whose hooks would wait for the backward pass
-            with self._extra(), torch.no_grad(), swapped:
-                return self._run(head=teacher is not None)
-        # a compiled model asks whether casts are kept; `weights()` forgets them
-        with self._extra(), _nothing_saved(casts_kept=self._compiled):
-            if self._compiled:  # the same parameters, and the same hook, so the same graph
-                with swapped, nullcontext() if self.hook is None else self.hook.unread():
-                    return detached(self._run())
-            values = own if teacher is None else teacher.parameters()
-            changed = {name for name, _ in self._changed_parameters}
-            values = {
+        swapped: Callable[[], AbstractContextManager[None]] = nullcontext if teacher is None else teacher.weights
+        if self._sharded or self._compiled:  # of the latter the same parameters, and the same hook, so the same graph
+
+            def swap() -> Logits:
+                with swapped(), nullcontext() if self.hook is None or self._sharded else self.hook.unread():
+                    return self._run(head=bool(self._sharded) and teacher is not None)
+
+            return self._constants(swap)
+        values = own if teacher is None else teacher.parameters()
+        changed = {name for name, _ in self._changed_parameters}
+
+        def run() -> Logits:
+            given = {
                 n: (v.detach().clone() if n in changed else v.detach()).requires_grad_() for n, v in values.items()
             }
-            return detached(self._run(values, head=teacher is not None))
+            return self._run(given, head=teacher is not None)
+
+        return self._constants(run)
 
     def _run(
         self,
@@ -657,18 +681,20 @@ def _drop(_tensor: Any) -> Any:
 
 
 @contextmanager
-def _nothing_saved(casts_kept: bool) -> Iterator[None]:
-    """The graph that a pass makes keeps no tensor: it is not for a backward pass.
+def _for_no_backward(casts_kept: bool, saved: bool) -> Iterator[None]:
+    """A pass with a graph that is not for a backward pass.
 
     What is computed may depend on whether there is a graph, so a pass that is compared with one in training has one.
 
     Args:
         casts_kept: let autocast keep what it casts; not of weights that are not the model's.
+        saved: let the graph keep tensors, as long as it lives.
     """
     caching = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(caching and casts_kept)
+    hooks = nullcontext() if saved else torch.autograd.graph.saved_tensors_hooks(_drop, _drop)
     try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
+        with torch.enable_grad(), hooks:
             yield
     finally:
         torch.set_autocast_cache_enabled(caching)
