@@ -653,6 +653,103 @@ def test_a_loss_alone_is_compared_by_what_a_last_pooling_gives(masked: bool) -> 
     torch.testing.assert_close(out.logits, embed(model, ids).detach())
 
 
+class Lazy(Encoder):
+    """Installs a hook in its first pass, and remembers that it has."""
+
+    installed = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen: list[Tensor] = []
+        if not self.installed:
+            self.installed = True
+            self.head.register_forward_hook(lambda _m, _a, x: self.seen.append(x))
+        return super().forward(*args, **kwargs)
+
+
+def test_hooks_that_a_first_pass_installs_are_installed_once() -> None:
+    model = Lazy()
+    smart = Smart(model, SmartConfig(**BALL), 10)
+    for _ in range(2):
+        smart(batch_for(model))
+        assert len(model.head._forward_hooks) == len(model.seen) == 1
+
+
+def test_hidden_states_of_transformers_are_as_many_in_each_step() -> None:
+    model = transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+        )
+    )
+    numbers = []
+
+    def forward(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        out = model(**batch, output_hidden_states=True)
+        numbers.append(len(out.hidden_states))
+        return out.loss, out.logits
+
+    smart = Smart(model, SmartConfig(**BALL), 10, forward=forward)
+    for _ in range(2):
+        smart({"input_ids": torch.randint(0, 20, (2, 5)), "labels": torch.tensor([0, 1])})
+    assert numbers == [3, 3]
+
+
+class Features(nn.Module):
+    """Gives what it got, with more in it, as sentence-transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        features["states"] = torch.tanh(self.mix(self.words(features["ids"])))
+        features["sentence_embedding"] = features["states"].mean(1)
+        return features
+
+
+def _shortened(model: Any, features: dict[str, Tensor]) -> Tensor:
+    """The model gets its features again, and gives what it has kept, shortened."""
+    own, kept = model.forward, []
+
+    def shorter(features: dict[str, Tensor]) -> dict[str, Tensor]:
+        out = own(features) if not kept else kept[0]
+        kept.append(out)
+        out["sentence_embedding"] = out["sentence_embedding"][:, : WIDTH // len(kept)]
+        return out  # type: ignore[no-any-return]
+
+    model.forward = shorter
+    try:
+        return sum(model(features)["sentence_embedding"].square().sum(1).mean() for _ in range(2))  # type: ignore[return-value]
+    finally:
+        model.forward = own
+
+
+def _guided(model: Any, features: dict[str, Tensor]) -> Tensor:
+    """Another model writes into the same features."""
+    given = model(features)["sentence_embedding"]
+    features["sentence_embedding"] = torch.ones(len(given), WIDTH)
+    return (given - features["sentence_embedding"]).square().mean()
+
+
+@pytest.mark.parametrize(("alone", "widths"), [(_shortened, [WIDTH, WIDTH // 2]), (_guided, [WIDTH])])
+@pytest.mark.parametrize("adversary", ["power", "predicted", "random"])
+def test_a_model_that_writes_into_its_features(alone: Any, widths: list[int], adversary: str) -> None:
+    """Compared is what each of its calls gave then: against the squared error of these, by their definition."""
+    torch.manual_seed(0)
+    model = Features().double()
+    ids = torch.randint(0, VOCABULARY, (3, 4))
+    config = SmartConfig(**BALL, divergence="squared_error", adversary=adversary, mu=0.0)
+    smart = Smart(model, config, forward=alone)
+    for _ in range(2):
+        out = smart({"ids": ids})
+        clean = model({"ids": ids})["sentence_embedding"].detach()
+        moved = torch.tanh(model.mix(model.words(ids) + out.perturbation)).mean(1).detach()
+        logits = out.logits if isinstance(out.logits, tuple) else (out.logits,)
+        for x, width in zip(logits, widths, strict=True):
+            torch.testing.assert_close(x, clean[:, :width])
+        parts = [(moved - clean)[:, :width].square().mean() for width in widths]
+        torch.testing.assert_close(out.smoothness, torch.stack(parts).mean())
+
+
 class Tallies(Encoder):
     """Counts in places that are neither attributes nor lists of numbers."""
 

@@ -26,8 +26,16 @@ from smart_kernels.smart.parallel import (
     sharded_modules,
     without_reducer,
 )
-from smart_kernels.smart.recording import Recording, Replay, by_compiler, has_compiled_functions, is_compiled
-from smart_kernels.smart.state import Attributes, Generators, States, has_attributes, reachable, set_states
+from smart_kernels.smart.recording import (
+    OUTPUT_NAMES,
+    Recording,
+    Replay,
+    by_compiler,
+    has_compiled_functions,
+    is_compiled,
+    part,
+)
+from smart_kernels.smart.state import Attributes, Generators, States, reachable, set_states
 from smart_kernels.smart.structure import copied
 from smart_kernels.smart.teacher import Teacher
 
@@ -47,7 +55,7 @@ def run_model(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
         if len(output) < 2 + spans or not isinstance(output[0], Tensor) or output[0].dim() != 0:
             raise ValueError("model: its output tuple does not begin with a loss and logits; are labels in the batch?")
         return output[0], model_logits(output, spans)
-    loss = _part(output, "loss")
+    loss = part(output, "loss")
     if loss is None:
         raise ValueError("model: its output has no loss; put labels into the batch, or give `forward`")
     return loss, model_logits(output, spans)
@@ -76,9 +84,9 @@ def model_logits(output: Any, spans: bool) -> Any:
 
 def output_logits(output: Any) -> Any:
     """The logits in what a user's step gives, or the pair of them; None where there are none."""
-    if (start := _part(output, "start_logits")) is not None:
-        return start, _part(output, "end_logits")
-    return _part(output, "logits")
+    if (start := part(output, "start_logits")) is not None:
+        return start, part(output, "end_logits")
+    return part(output, "logits")
 
 
 def called_logits(outputs: Sequence[Any]) -> tuple[str, Logits]:
@@ -95,7 +103,7 @@ def called_logits(outputs: Sequence[Any]) -> tuple[str, Logits]:
         ValueError: none has any.
     """
     for name in OUTPUT_NAMES:
-        found = [x if isinstance(x, Tensor) else _part(x, name) for x in outputs]
+        found = [x if isinstance(x, Tensor) else part(x, name) for x in outputs]
         logits = tuple(x for x in found if isinstance(x, Tensor) and x.is_floating_point())
         if logits:
             return name, logits
@@ -104,13 +112,6 @@ def called_logits(outputs: Sequence[Any]) -> tuple[str, Logits]:
         "return the logits beside the loss, or give `forward`. (A fused loss, as Liger's, gives none in training: "
         "switch it off.)"
     )
-
-
-OUTPUT_NAMES = ("logits", "scores", "sentence_embedding")
-
-
-def _part(output: Any, name: str) -> Any:
-    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,6 @@ class Passes:
         self._dropout = dropout
         self._generators = Generators(model)
         self._modules = list(self._bare.modules())
-        self._changeable = [m for m in self._modules if m._buffers or has_attributes(m)]
         self._parameters = [(name, p) for name, p in self._bare.named_parameters()]
         self._ids = {id(p): p.device for _, p in self._parameters}
         self._taught = taught
@@ -255,9 +255,9 @@ class Passes:
         if self._sharded:  # in whose place are gathered ones for a while
             return [n for n, p in self._parameters if self._taught and p.requires_grad and id(p) not in self._trainable]
         changed = []
-        for name, places, key, part, shape in self._places:
+        for name, places, key, old, shape in self._places:
             own: Any = places.get(key)
-            same = own is part and (shape is None or own.shape == shape)
+            same = own is old and (shape is None or own.shape == shape)
             if not same or (
                 shape is not None and self._taught and own.requires_grad and id(own) not in self._trainable
             ):
@@ -304,7 +304,7 @@ class Passes:
     def trial(self) -> Iterator[None]:
         """Around runs of the user's function, in evaluation mode, whose traces are put back when it ends."""
         objects, dicts = reachable(self._forward)
-        attributes, states = Attributes((*self._changeable, *objects), dicts), self._generators.states()
+        attributes, states = Attributes((*self._modules, *objects), dicts), self._generators.states()
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
         self.repeats = True
@@ -350,7 +350,7 @@ class Passes:
             return CleanPass(loss, logits, detached(logits), (), batch, ())
         self._batch, _ = copied(batch)
         objects, dicts = reachable(self._forward)
-        self._attributes = Attributes((*self._changeable, *objects), dicts, self._changing)
+        self._attributes = Attributes((*self._modules, *objects), dicts, self._changing)
         versions = [p._version for _, p in self._parameters]
         # with "independent" masks, what a generator of torch's gives is no matter of ours
         self._before = self._generators.states()

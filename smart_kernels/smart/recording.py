@@ -8,7 +8,7 @@ only those are repeated. The function's loss, metrics, counters, random augmenta
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FunctionType, MethodType
 from typing import Any
@@ -22,6 +22,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from smart_kernels.smart.parallel import without_reducer
 from smart_kernels.smart.state import Generators, States, set_states, version
 from smart_kernels.smart.structure import PLAIN, Filled, copied, leaves, mapped, tensors
+
+OUTPUT_NAMES = ("logits", "scores", "sentence_embedding")
+"""How models call their result, in an object or a mapping."""
 
 
 class _Value:
@@ -88,6 +91,12 @@ class _Node:
     output: Any = None
     """Of a call: its output, as long as the recording goes on."""
     call: bool = False
+    forwards: tuple[Any, ...] = ()
+    """Of a call: what stands in the place of the modules' own ``forward``."""
+    results: frozenset[int] = frozenset()
+    """Of a call: the numbers of what it gave by the name of a result, or of all that it gave."""
+    returned: frozenset[int] = frozenset()
+    """Of a call: the numbers of what it got by the name of a result, in a mapping."""
     judges: bool = False
     """Of a call: whether it is of a loss, an activation or a metric, so that what it was given still is a result."""
 
@@ -179,6 +188,7 @@ class Recording(TorchFunctionMode):
         node = self._node(inner, (args, kwargs), call=True)
         node.unknown |= self._taken and any(type(x) is float for x in leaves((args, kwargs)))
         self._inner = None if inner is module else (inner, node)
+        node.returned = self._named(x for x in (*args, *kwargs.values()) if isinstance(x, Mapping))
         given = [(x.shape, self._numbers.get(x) is not None) for x in tensors((args, kwargs))]
         begin = self._count()
         self._depth += 1
@@ -188,11 +198,18 @@ class Recording(TorchFunctionMode):
             self._depth -= 1
             self._inner = None
         node.embeddings = range(begin, self._count())
-        node.output = output
+        node.output = dict(output) if isinstance(output, Mapping) else output  # others may fill it further
         node.judges = _judges(inner, given, output)
         self._made(node, output)
+        node.results = self._named([output]) or frozenset(node.outputs.values())
         self.nodes.append(node)
         return output
+
+    def _named(self, outputs: Iterable[Any]) -> frozenset[int]:
+        """The numbers of what is a result by its name."""
+        found = [part(output, name) for output in outputs for name in OUTPUT_NAMES]
+        numbers = [self._numbers.get(x) for x in found if isinstance(x, Tensor)]
+        return frozenset(n for n in numbers if n is not None)
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -215,7 +232,8 @@ class Recording(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         self._taken |= name in _TAKING
-        changes = "out" in kwargs or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        changes = "out" in kwargs or name in _IN_PLACE or in_place
         node = self._node(func, (args, kwargs), changes=changes)
         node.unknown |= self._taken
         result = func(*args, **kwargs)
@@ -238,11 +256,16 @@ class Recording(TorchFunctionMode):
             if torch.amp.is_autocast_available(kind)
         )
         training = tuple([m.training for m in self._modules]) if call else ()
+        forwards = self._forwards() if call else ()
         surroundings = Surroundings(torch.is_grad_enabled(), autocast, training)
         generators: States = []
         if self._generators is not None:
             generators = self._generators.states() if call else self._generators.torch_states()
-        return _Node(function, kept, reads, writes, unknown, surroundings, generators, call=call)
+        return _Node(function, kept, reads, writes, unknown, surroundings, generators, call=call, forwards=forwards)
+
+    def _forwards(self) -> tuple[Any, ...]:
+        """What stands in the place of the modules' own ``forward``, as where a loss keeps what the model gave."""
+        return tuple([own if (own := vars(m).get("forward")) is None else _unless_own(m, own) for m in self._modules])
 
     def _kept(self, arguments: Any, clone: bool) -> tuple[Any, set[int], set[int], bool]:
         """Arguments as they are now, with numbers in the place of what came from the model; what is read; changed."""
@@ -321,16 +344,22 @@ class Recording(TorchFunctionMode):
     def outputs(self) -> list[Any]:
         """The results of those calls that no later call reads: the differentiable ones, or all where none is.
 
-        A loss, an activation or a metric of its own gives no result, and what it reads still is one.
+        A loss, an activation or a metric of its own gives no result, and what it reads still is one. Nor does a module
+        read its own result by being given the mapping again that it has put it into.
         """
         calls = [n for n in self.nodes if n.call and not n.judges and any(x.dim() for x in tensors(n.output))]
         inner: set[int] = set()  # what goes into a later call is no result
+        own: dict[int, set[int]] = {}  # the results of a module's calls, by its id
+        reads = {id(node): node.reads for node in self.nodes}
         for call in calls:
-            inner |= call.reads
+            before = own.setdefault(id(call.function), set())
+            reads[id(call)] = call.reads - (call.returned & before)
+            inner |= reads[id(call)]
+            before |= call.results
         for node in reversed(self.nodes):
             if node.writes & inner:
-                inner |= node.reads
-        outputs = [n.output for n in calls if not set(n.outputs.values()) & inner]
+                inner |= reads[id(node)]
+        outputs = [n.output for n in calls if not n.results & inner]
         with_graph = [o for o in outputs if any(x.requires_grad for x in tensors(o))]
         return with_graph or outputs
 
@@ -364,7 +393,13 @@ class Recording(TorchFunctionMode):
         for node in self.nodes:
             node.output = None
         sound = all(n is None or self._made_as[n] == _mark(x) for n, x in zip(numbers, logits, strict=True))
-        kept = sound and all(not n.unknown and (n.function is _again or _as_it_was(n.arguments)) for n in nodes)
+        forwards = self._forwards()
+        the_same = all(not n.call or n.forwards == forwards for n in nodes)
+        kept = (
+            sound
+            and the_same
+            and all(not n.unknown and (n.function is _again or _as_it_was(n.arguments)) for n in nodes)
+        )
         if None in numbers or not kept or not any(n.call for n in nodes):
             return None
         return Replay(nodes, [n for n in numbers if n is not None], list(self._modules), whole)
@@ -462,6 +497,16 @@ def _judges(module: nn.Module, given: Sequence[tuple[torch.Size, bool]], output:
     others = [shape for shape, of_model in given if not of_model]
     pools = len(taken) == len(made) == 1 and len(made[0]) > 1 and made != taken
     return not pools or any(shape in (*taken, *made) for shape in others)
+
+
+def part(output: Any, name: str) -> Any:
+    """What a mapping, or an object, has by a name; None where it has nothing."""
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _unless_own(module: nn.Module, forward: Any) -> Any:
+    own = isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
+    return None if own else forward
 
 
 def _again() -> None:
