@@ -184,6 +184,22 @@ def test_a_mask_in_any_form_is_that_of_its_positions(form: str) -> None:
     assert torch.equal(actual.perturbation, expected.perturbation)
 
 
+def test_a_mask_that_the_model_gets_by_position() -> None:
+    model = Encoder()
+    batch = batch_for(model)
+
+    def forward(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        logits = model(batch[0], batch[1]).logits
+        return F.cross_entropy(logits, batch[2]), logits
+
+    noise = 1e-3 * torch.randn(4, 6, WIDTH)
+    how = config("l2", "sample")
+    expected = run(model, batch, how, noise)
+    actual = run(model, tuple(batch.values()), how, noise, forward=forward)
+    assert (expected.perturbation[batch["attention_mask"] == 0] == 0).all()
+    assert torch.equal(actual.perturbation, expected.perturbation)
+
+
 def test_a_mask_that_could_mean_other_words_is_not_theirs() -> None:
     """The decoder's words are not the encoder's, whose padding is at other positions."""
     t5 = transformers.T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0)

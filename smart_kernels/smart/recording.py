@@ -8,6 +8,7 @@ only those are repeated. The function's loss, metrics, counters, random augmenta
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FunctionType, MethodType
@@ -427,12 +428,12 @@ class Replay(nn.Module):
         return [i for node in self._nodes for i in node.embeddings]
 
     def arguments(self, embedding: int) -> Mapping[str, Any]:
-        """The named arguments of the call in which this call of the module to perturb happened."""
+        """The arguments, by their names, of the call in which this call of the module to perturb happened."""
         node = next(n for n in self._nodes if embedding in n.embeddings)
         args, kwargs = node.arguments
         named: dict[str, Any] = {}
-        for part in (*args, kwargs):
-            contents = part.contents if isinstance(part, Filled) else part
+        for given in (*args, dict(zip(_names(node.function), args, strict=False)) | kwargs):
+            contents = given.contents if isinstance(given, Filled) else given
             if isinstance(contents, dict):
                 named |= {k: v.value for k, v in contents.items() if isinstance(v, _Constant)}
         return named
@@ -497,6 +498,16 @@ def _judges(module: nn.Module, given: Sequence[tuple[torch.Size, bool]], output:
     others = [shape for shape, of_model in given if not of_model]
     pools = len(taken) == len(made) == 1 and len(made[0]) > 1 and made != taken
     return not pools or any(shape in (*taken, *made) for shape in others)
+
+
+def _names(module: Any) -> list[str]:
+    """Of what a module takes by position, as far as it says so."""
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    try:
+        parameters = inspect.signature(getattr(module, "_orig_mod", module).forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if p.kind in kinds]
 
 
 def part(output: Any, name: str) -> Any:
