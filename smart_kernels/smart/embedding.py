@@ -95,12 +95,13 @@ def _asked(part: Any) -> nn.Module | None:
 
 
 def _candidates(model: nn.Module, found: dict[int, nn.Module | None]) -> str:
-    """Names for an error: what was found, every nn.Embedding, and maps of features that stand outside of any list."""
+    """Names for an error: what was found, every embedding, and maps of features that stand outside of any list."""
     found.pop(id(None), None)
     names = []
     for name, module in list(model.named_modules())[1:]:
         matrix = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and not re.search(r"\.\d+(\.|$)", name)
-        if id(module) in found or isinstance(module, nn.Embedding) or (matrix and not list(module.children())):
+        words = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        if id(module) in found or words or (matrix and not list(module.children())):
             names.append(repr(name))
     return ", ".join(names) or "none"
 
