@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -159,6 +160,34 @@ def test_the_proximal_term_has_its_gradient(kind: str, tmp_path: Path) -> None:
     assert logged[0]["proximal"] == 0
     assert logged[1]["proximal"] > 0
     assert not torch.equal(*ends)
+
+
+LOSSES: dict[str, Callable[[Any], nn.Module]] = {
+    "shortened": lambda m: losses.MatryoshkaLoss(m, losses.MultipleNegativesRankingLoss(m), [32, 16]),
+    "of layers": lambda m: losses.AdaptiveLayerLoss(m, losses.MultipleNegativesRankingLoss(m)),
+    "cached": lambda m: losses.CachedMultipleNegativesRankingLoss(m, mini_batch_size=2),
+    "cached, guided": lambda m: losses.CachedGISTEmbedLoss(m, guide=copy.deepcopy(m), mini_batch_size=2),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_of_sentence_transformers(loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With terms of almost no weight the steps are the other trainer's, masks of dropout and all."""
+
+    def make(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+        model, _ = embedded(folder)
+        data = datasets.Dataset.from_dict({"a": LEFT, "b": RIGHT})
+        return model, {"train_dataset": data, "loss": LOSSES[loss](model)}
+
+    kind = KINDS["sentence"]
+    monkeypatch.setitem(KINDS, "of pairs", (*kind[:2], make, *kind[3:]))
+    plain, logs = train("of pairs", tmp_path / "a", None, 3)
+    weak = {"smart_lambda_s": 1e-20, "smart_mu": 1e-20, **BALL}
+    ours, ours_logged = train("of pairs", tmp_path / "b", weak, 3)
+    assert torch.equal(ours, plain)
+    assert [x["task_loss"] for x in ours_logged] == [x["loss"] for x in logs]
+    assert all(x["smoothness"] > 0 for x in ours_logged)
+    assert ours_logged[-1]["proximal"] > 0
 
 
 @pytest.mark.parametrize("smart_first", [True, False])

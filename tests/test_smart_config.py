@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from smart_models import Encoder, batch_for
-from torch import nn
+from torch import Tensor, nn
 
 from smart_kernels import Smart, SmartConfig
 
@@ -89,9 +89,85 @@ def test_recommended_settings_are_those_of_the_study() -> None:
     assert out.perturbation.norm(dim=-1).max() <= config.epsilon * (1 + 1e-6)
 
 
+class Scaling(nn.Embedding):
+    """Scales what it looks up, and counts its calls."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.calls = 0
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        return self.drop(8 * super().forward(input))
+
+
+class Wrapped(nn.Module):
+    """As an adapter around an embedding: its weight is that of what it wraps."""
+
+    def __init__(self, base: nn.Embedding) -> None:
+        super().__init__()
+        self.base = base
+        self.more = nn.Parameter(torch.randn(base.weight.shape))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.base(ids) + self.more[ids]  # type: ignore[no-any-return]
+
+
+def shortened(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1)
+
+
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda _m, _a, x: 3 * x)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (lambda: Scaling(20000, 4), lambda m: 8 * m.weight),
+        (
+            lambda: Scaling(50, 4, max_norm=1.0),
+            lambda m: 8 * m.weight / m.weight.norm(dim=1, keepdim=True).clamp(min=1),
+        ),
+        (
+            lambda: nn.Embedding(50, 4, max_norm=1.0),
+            lambda m: m.weight / m.weight.norm(dim=1, keepdim=True).clamp(min=1),
+        ),
+        (lambda: Wrapped(nn.Embedding(50, 4)), lambda m: m.base.weight + m.more),
+        (lambda: hooked(nn.Embedding(50, 4)), lambda m: 3 * m.weight),
+    ],
+)
+def test_the_recommended_radius_is_of_what_is_perturbed(build: Any, expected: Any) -> None:
+    """Which is the module's output; the module is left as it was."""
+    torch.manual_seed(0)
+    module = build()
+    model = nn.Sequential(module, nn.Linear(4, 3)).train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    size = expected(module).detach().double().norm(dim=1).mean().item()
+    draws = torch.get_rng_state()
+    assert SmartConfig.recommended(model, module).epsilon == pytest.approx(0.1 * size, rel=1e-6)
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert all(m.training for m in model.modules())
+    assert getattr(module, "calls", 0) == 0
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("padding", [None, 0])
+def test_the_recommended_radius_of_a_plain_embedding_is_of_its_rows(padding: int | None) -> None:
+    words = nn.Embedding(50, 4, padding_idx=padding)
+    assert SmartConfig.recommended(words).epsilon == 0.1 * words.weight.detach().norm(dim=1).mean().item()
+
+
 @pytest.mark.parametrize(
     ("model", "options", "error", "message"),
     [
+        (nn.Sequential(nn.Linear(3, 4)), {"embedding": "0"}, ValueError, "Linear that cannot be called with words"),
         (nn.Sequential(nn.ReLU()), {}, ValueError, "not clear which module"),
         (
             nn.Sequential(nn.Conv1d(3, 4, 5)),

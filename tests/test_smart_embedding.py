@@ -225,3 +225,8 @@ def test_warns_once_where_the_embeddings_cannot_hold_the_perturbation() -> None:
     smart(batch)
     Smart(model, SmartConfig(mu=0, epsilon=0.01, noise_std=0.01))(batch)
     Smart(model.float(), SmartConfig(mu=0))(batch)
+
+
+def test_a_bag_of_words_is_named_where_it_is_not_clear() -> None:
+    with pytest.raises(ValueError, match=r"one of '0'"):
+        find_embedding(nn.Sequential(nn.EmbeddingBag(10, 4), nn.ReLU()))

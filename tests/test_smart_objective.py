@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import MagicMock
@@ -631,3 +632,16 @@ def test_a_mask_that_does_not_fit_is_an_error_and_another_can_be_given() -> None
     assert (delta[0, 1:] != 0).any(-1).all()
     everywhere = Smart(model, SmartConfig(mu=0, adversary="random"), mask=lambda batch: None)(batch).perturbation
     assert (everywhere != 0).any(-1).all()
+
+
+def test_a_model_without_values_is_refused() -> None:
+    with torch.device("meta"):
+        model = Encoder()
+    with pytest.raises(ValueError, match="model: positions is on the meta device"):
+        Smart(model, SmartConfig(), 10)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, pickle.dumps])
+def test_it_is_not_copied(way: Any) -> None:
+    with pytest.raises(TypeError, match="save_smart"):
+        way(Smart(Encoder(), SmartConfig(), 10))

@@ -179,6 +179,69 @@ def test_a_cache_grows_as_in_one_pass(pieces: int) -> None:
     assert cache.get_seq_length() == 9
 
 
+# ------------------------------------------------------------------------------------- gradients within the model
+
+
+class Forces(nn.Module):
+    """Gives an energy and, as its gradient by positions, forces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH + 3, WIDTH), nn.Linear(WIDTH, 1)
+
+    def forward(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            positions = positions.detach().requires_grad_()
+            x = F.dropout(torch.tanh(self.mix(torch.cat([self.words(ids), positions], -1))), 0.3)
+            energy = self.head(x.sum(1))
+            return energy, -torch.autograd.grad(energy.sum(), positions, create_graph=True)[0]
+
+
+class Slopes(Forces):
+    """The same by torch.func."""
+
+    def forward(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        def energy(positions: Tensor) -> tuple[Tensor, Tensor]:
+            e = self.head(torch.tanh(self.mix(torch.cat([x, positions], -1))).sum(1))
+            return e.sum(), e
+
+        x = self.words(ids)
+        forces, e = torch.func.grad(energy, has_aux=True)(positions)
+        return e, -forces
+
+
+@pytest.mark.parametrize("options", [{}, {"lambda_s": 0.0}, {"dropout": "independent", "check": False}])
+@pytest.mark.parametrize("kind", [Forces, Slopes])
+def test_a_model_that_takes_gradients_in_its_forward_pass(kind: type[Forces], options: dict[str, Any]) -> None:
+    """The terms are those of the function, run by hand with the teacher's weights and from the same random numbers."""
+    torch.manual_seed(0)
+    model = kind().double()
+    batch = {"ids": torch.randint(0, 20, (6, 5)), "positions": torch.randn(6, 5, 3, dtype=torch.float64)}
+
+    def forward(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        energy, forces = model(**batch)
+        return energy.square().mean() + forces.square().mean(), energy
+
+    smart = Smart(model, SmartConfig(**BALL, **options), 10, forward=forward)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.05)
+    for _ in range(2):
+        before = torch.get_rng_state()
+        out = smart.backward(batch)
+        after = torch.get_rng_state()
+        assert smart.teacher is not None
+        torch.set_rng_state(before)
+        clean = model(**batch)[0].detach()
+        assert torch.equal(torch.get_rng_state(), after)
+        torch.set_rng_state(before)
+        with smart.teacher.weights():
+            taught = model(**batch)[0].detach()
+        torch.set_rng_state(after)
+        if options.get("dropout") != "independent":
+            torch.testing.assert_close(out.proximal, (clean - taught).square().mean())
+
+
 # ------------------------------------------------------------------------------------------ metrics and other traces
 
 
@@ -495,6 +558,198 @@ def test_a_loss_alone_is_compared_by_what_no_other_call_takes_up() -> None:
     assert out.smoothness > 0
 
 
+class Judged(nn.Module):
+    """A classifier whose loss, activation, metric and pooling are parts of it and are called by the function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+        self.pool, self.soft, self.hard = Pool(), nn.Softmax(-1), nn.Sigmoid()
+        self.each = nn.CrossEntropyLoss(reduction="none")
+        self.apart = nn.BCEWithLogitsLoss(reduction="none")
+        self.near = nn.CosineEmbeddingLoss(reduction="none")
+
+    def encode(self, ids: Tensor) -> Tensor:
+        return torch.tanh(self.mix(self.words(ids)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.encode(ids).mean(1))  # type: ignore[no-any-return]
+
+
+class Pool(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def _each(m: Any, b: Any) -> Tensor:
+    return (m.each(m(b["input_ids"]), b["labels"]) * b["weights"]).mean()  # type: ignore[no-any-return]
+
+
+def _with_a_metric(m: Any, b: Any) -> Tensor:
+    logits = m(b["input_ids"])
+    m.soft(logits)
+    return m.each(logits, b["labels"]).mean()  # type: ignore[no-any-return]
+
+
+def _activated(m: Any, b: Any) -> Tensor:
+    return F.nll_loss(m.soft(m(b["input_ids"])).log(), b["labels"])
+
+
+def _of_labels_apart(m: Any, b: Any) -> Tensor:
+    return m.apart(m(b["input_ids"]), F.one_hot(b["labels"], 3).float()).mean()  # type: ignore[no-any-return]
+
+
+def _scaled(m: Any, b: Any) -> Tensor:
+    return m.each(m(b["input_ids"]) / 2, b["labels"]).mean()  # type: ignore[no-any-return]
+
+
+def _by_pieces(m: Any, b: Any) -> Tensor:
+    hidden = m.pool(torch.tanh(m.mix(m.words(b["input_ids"]))), torch.ones_like(b["input_ids"]))
+    return m.each(m.head(m.hard(torch.logit((hidden + 1) / 2)) * 2 - 1), b["labels"]).mean()  # type: ignore[no-any-return]
+
+
+def _near(m: Any, b: Any) -> Tensor:
+    logits = m(b["input_ids"])
+    return m.near(logits, F.one_hot(b["labels"], 3).float(), 2.0 * (b["labels"] > 0) - 1).mean()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("alone", [_each, _with_a_metric, _activated, _of_labels_apart, _scaled, _by_pieces, _near])
+def test_a_loss_alone_is_not_compared_by_what_judges_the_logits(alone: Any) -> None:
+    """Against the divergence of the model's logits, by their definition."""
+    torch.manual_seed(0)
+    model = Judged()
+    g = torch.Generator().manual_seed(0)
+    batch = {
+        "input_ids": torch.randint(0, VOCABULARY, (6, 5), generator=g),
+        "labels": torch.randint(0, 3, (6,), generator=g),
+        "weights": torch.rand(6, generator=g),
+    }
+    out = Smart(model, SmartConfig(**BALL), 10, forward=alone)(batch)
+    with torch.no_grad():
+        clean = model(batch["input_ids"])
+        handle = model.words.register_forward_hook(lambda _m, _a, x: x + out.perturbation)
+        perturbed = model(batch["input_ids"])
+        handle.remove()
+    torch.testing.assert_close(out.logits, clean)
+    expected = symmetric_kl(perturbed.double(), clean.double()).mean()
+    torch.testing.assert_close(out.smoothness.double(), expected, rtol=2e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_loss_alone_is_compared_by_what_a_last_pooling_gives(masked: bool) -> None:
+    """It has no parameters, as a loss has none."""
+    model = Judged()
+    model.average = nn.AdaptiveAvgPool2d((1, None))  # type: ignore[assignment]
+    ids = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
+
+    def embed(m: Any, ids: Tensor) -> Tensor:
+        hidden = m.mix(m.words(ids))
+        return m.pool(hidden, torch.ones_like(ids)) if masked else m.average(hidden)  # type: ignore[no-any-return]
+
+    def alone(m: Any, batch: Any) -> Tensor:
+        return embed(m, batch["input_ids"]).square().mean()
+
+    out = Smart(model, SmartConfig(**BALL), 10, forward=alone)({"input_ids": ids})
+    torch.testing.assert_close(out.logits, embed(model, ids).detach())
+
+
+class Lazy(Encoder):
+    """Installs a hook in its first pass, and remembers that it has."""
+
+    installed = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen: list[Tensor] = []
+        if not self.installed:
+            self.installed = True
+            self.head.register_forward_hook(lambda _m, _a, x: self.seen.append(x))
+        return super().forward(*args, **kwargs)
+
+
+def test_hooks_that_a_first_pass_installs_are_installed_once() -> None:
+    model = Lazy()
+    smart = Smart(model, SmartConfig(**BALL), 10)
+    for _ in range(2):
+        smart(batch_for(model))
+        assert len(model.head._forward_hooks) == len(model.seen) == 1
+
+
+def test_hidden_states_of_transformers_are_as_many_in_each_step() -> None:
+    model = transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+        )
+    )
+    numbers = []
+
+    def forward(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        out = model(**batch, output_hidden_states=True)
+        numbers.append(len(out.hidden_states))
+        return out.loss, out.logits
+
+    smart = Smart(model, SmartConfig(**BALL), 10, forward=forward)
+    for _ in range(2):
+        smart({"input_ids": torch.randint(0, 20, (2, 5)), "labels": torch.tensor([0, 1])})
+    assert numbers == [3, 3]
+
+
+class Features(nn.Module):
+    """Gives what it got, with more in it, as sentence-transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        features["states"] = torch.tanh(self.mix(self.words(features["ids"])))
+        features["sentence_embedding"] = features["states"].mean(1)
+        return features
+
+
+def _shortened(model: Any, features: dict[str, Tensor]) -> Tensor:
+    """The model gets its features again, and gives what it has kept, shortened."""
+    own, kept = model.forward, []
+
+    def shorter(features: dict[str, Tensor]) -> dict[str, Tensor]:
+        out = own(features) if not kept else kept[0]
+        kept.append(out)
+        out["sentence_embedding"] = out["sentence_embedding"][:, : WIDTH // len(kept)]
+        return out  # type: ignore[no-any-return]
+
+    model.forward = shorter
+    try:
+        return sum(model(features)["sentence_embedding"].square().sum(1).mean() for _ in range(2))  # type: ignore[return-value]
+    finally:
+        model.forward = own
+
+
+def _guided(model: Any, features: dict[str, Tensor]) -> Tensor:
+    """Another model writes into the same features."""
+    given = model(features)["sentence_embedding"]
+    features["sentence_embedding"] = torch.ones(len(given), WIDTH)
+    return (given - features["sentence_embedding"]).square().mean()
+
+
+@pytest.mark.parametrize(("alone", "widths"), [(_shortened, [WIDTH, WIDTH // 2]), (_guided, [WIDTH])])
+@pytest.mark.parametrize("adversary", ["power", "predicted", "random"])
+def test_a_model_that_writes_into_its_features(alone: Any, widths: list[int], adversary: str) -> None:
+    """Compared is what each of its calls gave then: against the squared error of these, by their definition."""
+    torch.manual_seed(0)
+    model = Features().double()
+    ids = torch.randint(0, VOCABULARY, (3, 4))
+    config = SmartConfig(**BALL, divergence="squared_error", adversary=adversary, mu=0.0)
+    smart = Smart(model, config, forward=alone)
+    for _ in range(2):
+        out = smart({"ids": ids})
+        clean = model({"ids": ids})["sentence_embedding"].detach()
+        moved = torch.tanh(model.mix(model.words(ids) + out.perturbation)).mean(1).detach()
+        logits = out.logits if isinstance(out.logits, tuple) else (out.logits,)
+        for x, width in zip(logits, widths, strict=True):
+            torch.testing.assert_close(x, clean[:, :width])
+        parts = [(moved - clean)[:, :width].square().mean() for width in widths]
+        torch.testing.assert_close(out.smoothness, torch.stack(parts).mean())
+
+
 class Tallies(Encoder):
     """Counts in places that are neither attributes nor lists of numbers."""
 
@@ -769,6 +1024,48 @@ def test_logits_computed_for_a_metric_are_computed_again_with_a_graph(adversary:
         grads.append([out.loss, *(p.grad for p in m.parameters())])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def _cached(model: Any, batch: Any) -> Tensor:
+    """As losses that keep gradients: the graph is made when the loss goes backward."""
+    with torch.no_grad():
+        cached = model(**batch).logits
+    loss = F.cross_entropy(cached, batch["labels"]).detach().requires_grad_()
+    loss.register_hook(lambda _gradient: None)
+    return loss
+
+
+def _halved(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """No call is added, and the logits have no graph."""
+    out = model(**batch)
+    with torch.no_grad():
+        return out.loss, out.logits / 2
+
+
+def _added(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    loss = model(**batch).loss
+    with torch.no_grad():
+        return loss, model(**batch).logits
+
+
+@pytest.mark.parametrize("function", [_cached, _halved, _added])
+def test_generators_go_back_for_calls_alone_that_were_added_for_the_logits(function: Any) -> None:
+    """They end where the user's program leaves them, which has the loss alone."""
+    model = Encoder(dropout=0.3)
+    batch = batch_for(model)
+    smart = Smart(model, SmartConfig(**BALL), 10, forward=function)
+    smart.asks_for_logits(True)
+    for _ in range(2):
+        before = torch.get_rng_state()
+        if function is _added:
+            model(**batch)
+        else:
+            function(model, batch)
+        expected = torch.get_rng_state()
+        torch.set_rng_state(before)
+        smart(batch)
+        assert not torch.equal(expected, before)
+        assert torch.equal(torch.get_rng_state(), expected)
 
 
 def test_a_perturbation_that_moves_nothing_is_refused() -> None:

@@ -65,6 +65,77 @@ def test_sequence_first_equals_sample_first(norm: str, scope: str, samples: int,
     assert (actual.perturbation.transpose(0, 1)[padding] == 0).all()
 
 
+class Recurrent(nn.Module):
+    """Words (L, B), as torch's recurrent layers take them by default, or (B, L)."""
+
+    def __init__(self, batch_first: bool, tags: bool) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, 3)
+        self.layer = nn.GRU(WIDTH, WIDTH, batch_first=batch_first)
+        self.batch_first, self.tags = batch_first, tags
+
+    def forward(self, ids: Tensor) -> Tensor:
+        states = self.layer(self.words(ids))[0]
+        return self.head(states if self.tags else states.mean(1 if self.batch_first else 0))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("masked", ["", "as the words", "samples first"])
+@pytest.mark.parametrize("tags", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
+def test_words_that_come_first_in_the_batch_too(masked: str, tags: bool, flat: bool) -> None:
+    """The logits tell which dimension is the sample, or the words' lengths do; also of a later, square batch."""
+    torch.manual_seed(0)
+    model, plain = Recurrent(False, tags).double(), Recurrent(True, tags).double()
+    plain.load_state_dict(model.state_dict())
+
+    def forward(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        logits = model(batch["ids"])
+        logits = logits.flatten(0, -2) if flat else logits
+        return F.cross_entropy(logits.flatten(0, -2), batch["labels"].flatten()), logits
+
+    smarts = [Smart(m, config("l2", "sample", "predicted"), 10, forward=forward) for m in (model, plain)]
+    for length, samples in ((5, 6), (6, 5)) if masked else ((5, 6), (6, 5), (5, 5)):
+        lengths = torch.randint(1, length + 1, (samples,))
+        lengths[0] = length
+        batch = {"ids": torch.randint(0, VOCABULARY, (length, samples)), "labels": torch.randint(0, 3, (samples,))}
+        if tags:
+            batch |= {"labels": torch.randint(0, 3, (length, samples)), "lengths": lengths}
+        turned = {k: v.mT.contiguous() if v.dim() == 2 else v for k, v in batch.items()}
+        if masked:
+            turned["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
+            mask = turned["attention_mask"]
+            batch["attention_mask"] = mask.mT.contiguous() if masked == "as the words" else mask
+        noise = 1e-3 * torch.randn(length, samples, WIDTH, dtype=torch.float64)
+        actual = smarts[0](batch, initial_perturbation=noise)
+        expected = smarts[1](turned, initial_perturbation=noise.transpose(0, 1).contiguous())
+        assert torch.allclose(actual.perturbation.transpose(0, 1), expected.perturbation, rtol=1e-9, atol=1e-15)
+
+
+def test_rows_of_samples_are_not_taken_for_words() -> None:
+    """Choices, as many as are words in one; a batch of one sample whose words are classified."""
+
+    class Choices(Recurrent):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids.flatten(0, -2))[:, 0].view(-1, 2)
+
+    def forward(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        logits = model(batch["ids"]).flatten(0, -2)
+        return logits.logsumexp(-1).mean(), logits
+
+    how = config("l2", "sample", "predicted", 1e-3)
+    choices = run(
+        Choices(True, False), {"ids": torch.randint(0, VOCABULARY, (8, 2, 8))}, how, torch.zeros(16, 8, WIDTH),
+        forward=forward,
+    )  # fmt: skip
+    one = run(
+        Recurrent(True, True), {"ids": torch.randint(0, VOCABULARY, (1, 8))}, how, torch.zeros(1, 8, WIDTH),
+        forward=forward,
+    )  # fmt: skip
+    for out in (choices, one):
+        norms = out.perturbation.flatten(1).norm(dim=1)
+        torch.testing.assert_close(norms, torch.full_like(norms, 7e-4))
+
+
 def test_xlnet_whose_embeddings_are_sequence_first() -> None:
     model = transformers.XLNetForSequenceClassification(
         transformers.XLNetConfig(vocab_size=20, d_model=16, n_layer=1, n_head=2, d_inner=16, num_labels=2)
@@ -110,6 +181,22 @@ def test_a_mask_in_any_form_is_that_of_its_positions(form: str) -> None:
     how = config("l2", "sample")
     expected = run(model, batch | {"plain": plain}, how, noise)
     actual = run(model, batch | {"plain": plain, "attention_mask": forms(plain)[form]}, how, noise)
+    assert torch.equal(actual.perturbation, expected.perturbation)
+
+
+def test_a_mask_that_the_model_gets_by_position() -> None:
+    model = Encoder()
+    batch = batch_for(model)
+
+    def forward(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        logits = model(batch[0], batch[1]).logits
+        return F.cross_entropy(logits, batch[2]), logits
+
+    noise = 1e-3 * torch.randn(4, 6, WIDTH)
+    how = config("l2", "sample")
+    expected = run(model, batch, how, noise)
+    actual = run(model, tuple(batch.values()), how, noise, forward=forward)
+    assert (expected.perturbation[batch["attention_mask"] == 0] == 0).all()
     assert torch.equal(actual.perturbation, expected.perturbation)
 
 

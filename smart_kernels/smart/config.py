@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from smart_kernels.reference import KINDS
-from smart_kernels.smart.embedding import find_embedding
+from smart_kernels.smart.embedding import find_embedding, mean_norm
 
 Logits = tuple[Tensor, ...]
 """What a model says of a batch: one tensor of logits, or those of the start and of the end of a span."""
@@ -142,12 +142,14 @@ class SmartConfig:
         Args:
             model: the model as it is before training, wrapped or not.
             embedding: the module to perturb, or its name, as in :class:`~smart_kernels.Smart`; it must have a weight of
-                a row per word, as :class:`torch.nn.Embedding` has.
+                a row per word, as :class:`torch.nn.Embedding` has. One that scales what it looks up, or is of another
+                class, is called once with each word, as its output is what is perturbed.
             **changes: fields that are to be otherwise.
 
         Raises:
             TypeError: an argument is of the wrong type, or no field has such a name.
-            ValueError: the module has no such weight, or all of it is zero; a field is out of its range.
+            ValueError: the module has no such weight, cannot be called with words, or gives zeros alone; a field is out
+                of its range.
 
         Example:
             >>> import torch
@@ -156,17 +158,7 @@ class SmartConfig:
             >>> SmartConfig.recommended(torch.nn.Sequential(words, torch.nn.Linear(2, 3))).epsilon
             0.5
         """
-        module = find_embedding(model, embedding)
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2:
-            has = f"a weight of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else "no weight"
-            got = f"a {type(module).__name__} with {has}"
-            raise ValueError(
-                f"embedding: got {got}, expected a row for each word, whose norm sets the radius; set it yourself by "
-                "SmartConfig(epsilon=...)"
-            )
-        mean = weight.detach().float().norm(dim=1).mean()
-        size = (mean.full_tensor() if hasattr(mean, "full_tensor") else mean).item()
+        size = mean_norm(find_embedding(model, embedding))
         if not 0 < size < math.inf:
             raise ValueError(
                 f"embedding: the mean norm of a word's embedding is {size:g}, expected a finite number > 0: load the "

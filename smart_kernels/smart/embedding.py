@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from smart_kernels.smart.gradients import leaves_of
 from smart_kernels.smart.parallel import bare
+from smart_kernels.smart.state import Attributes
 from smart_kernels.smart.structure import replaced, tensors
 
 
@@ -94,12 +95,13 @@ def _asked(part: Any) -> nn.Module | None:
 
 
 def _candidates(model: nn.Module, found: dict[int, nn.Module | None]) -> str:
-    """Names for an error: what was found, every nn.Embedding, and maps of features that stand outside of any list."""
+    """Names for an error: what was found, every embedding, and maps of features that stand outside of any list."""
     found.pop(id(None), None)
     names = []
     for name, module in list(model.named_modules())[1:]:
         matrix = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and not re.search(r"\.\d+(\.|$)", name)
-        if id(module) in found or isinstance(module, nn.Embedding) or (matrix and not list(module.children())):
+        words = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        if id(module) in found or words or (matrix and not list(module.children())):
             names.append(repr(name))
     return ", ".join(names) or "none"
 
@@ -313,6 +315,77 @@ def mean_size(embeds: Tensor) -> float:
     """The mean absolute value; 0 where it is not finite. Reads one number from the device."""
     size: float = embeds.detach().abs().float().mean().item()
     return size if math.isfinite(size) else 0.0
+
+
+_AT_ONCE = 8192
+"""Words that are looked up in one call."""
+
+
+def mean_norm(module: nn.Module) -> float:
+    """The mean l_2 norm of what a module gives for a word, over all of its words.
+
+    Of a plain :class:`torch.nn.Embedding` these are the rows of its weight, with `max_norm` as it would shorten them.
+    Another, which may scale what it looks up, is called in evaluation mode, and is afterwards as it was.
+
+    Raises:
+        ValueError: it has no weight of a row per word, or cannot be called with words.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        has = f"a weight of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else "no weight"
+        raise ValueError(_NO_ROWS.format(f"{type(module).__name__} with {has}"))
+    sharded = hasattr(weight, "full_tensor")
+    own = type(module).forward is not nn.Embedding.forward or "forward" in vars(module)
+    own |= getattr(module, "max_norm", None) is not None
+    # the hooks of a sharded module gather shards, and so do those of the parts of one that wraps another
+    if (own and "weight" in module._parameters) if sharded else (own or module._forward_hooks):
+        return _mean_norm_by_calls(module, weight)
+    mean: Any = weight.detach().float().norm(dim=1).mean()
+    return float(mean.full_tensor() if sharded else mean)
+
+
+@torch.no_grad()
+def _mean_norm_by_calls(module: nn.Module, weight: Any) -> float:
+    parameters, sharded = dict(module._parameters), hasattr(weight, "full_tensor")
+    run: Any = module.forward if sharded else module  # past the hooks, which would gather shards
+    words = getattr(module, "num_embeddings", None)
+    words = words if isinstance(words, int) else len(weight)
+    # a look-up shortens these in place
+    shortened = {
+        f"{name}.weight".lstrip("."): m.weight.clone()
+        for name, m in module.named_modules()
+        if isinstance(m, nn.Embedding) and m.max_norm is not None and not sharded
+    }
+    attributes, training = Attributes(module.modules()), [m for m in module.modules() if m.training]
+    total = 0.0
+    try:
+        if sharded:
+            module._parameters["weight"] = nn.Parameter(weight.full_tensor())
+        module.eval()
+        for ids in torch.arange(words, device=weight.device).split(_AT_ONCE):
+            given = (ids[None],)
+            output = torch.func.functional_call(module, shortened, given) if shortened else run(*given)
+            x = first_floating(output)
+            if x is None or x.dim() != 3 or x.shape[:2] != given[0].shape:
+                got = type(output).__name__ if x is None else f"shape {tuple(x.shape)}"
+                raise ValueError(f"for {len(ids)} words it gave {got}")
+            total += float(x.double().norm(dim=-1).sum())
+    except Exception as error:  # whatever a module raises that takes no words
+        got = f"{type(module).__name__} that cannot be called with words ({error})"
+        raise ValueError(_NO_ROWS.format(got)) from None
+    finally:
+        for m in training:
+            m.training = True
+        module._parameters.update(parameters)
+        attributes.find_changes()
+        attributes.undo()
+    return total / words
+
+
+_NO_ROWS = (
+    "embedding: got a {}, expected a row for each word, whose norm sets the radius; set it yourself by "
+    "SmartConfig(epsilon=...)"
+)
 
 
 def resolved_at(size: float, dtype: torch.dtype) -> float:

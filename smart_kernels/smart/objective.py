@@ -85,10 +85,11 @@ class Smart:
             :func:`~smart_kernels.smart.embedding.find_embedding`).
         forward: how the model is run: ``(model, batch) -> (task loss, logits)``, or a pair (start, end) of logits for
             spans, or None: then what the calls of the model in it gave is compared ("logits", or sentence-transformers'
-            "scores" and "sentence_embedding"). By default as Hugging Face models are: ``model(**batch)``, with labels
-            in the batch. It runs once a step: the extra passes repeat, of what it did, what the logits come from. Where
-            this cannot be followed (a function that torch does not see), it runs again on a copy of the batch, and
-            what it changed in the model, its own object and the variables it names is put back.
+            "scores" and "sentence_embedding"), but for losses, activations and metrics among its modules. By default as
+            Hugging Face models are: ``model(**batch)``, with labels in the batch. It runs once a step: the extra passes
+            repeat, of what it did, what the logits come from. Where this cannot be followed (a function that torch does
+            not see), it runs again on a copy of the batch, and what it changed in the model, its own object and the
+            variables it names is put back.
         mask: gives, for a batch, which positions are perturbed: 0 where not, shape (B, L) for embeddings (B, L, H), or
             None for all; a tuple for several calls of the module. By default the "attention_mask" that the model's call
             got, whatever its form (pairs of positions, additive, of a cache, of a speech model's samples of sound) as
@@ -106,8 +107,9 @@ class Smart:
 
     Raises:
         TypeError: an argument is of the wrong type, or the model wrapped by DataParallel or FullyShardedDataParallel.
-        ValueError: the embedding is not found, or the decay's switch needs the number of training steps. In a step:
-            parameters were exchanged, resized or unfrozen after this object was made, or a mask does not fit.
+        ValueError: the embedding is not found, a parameter has no values yet (on the meta device), or the decay's
+            switch needs the number of training steps. In a step: parameters were exchanged, resized or unfrozen after
+            this object was made, or a mask does not fit.
         RuntimeError: in the first step: a term is not connected to what is trained (see :meth:`check`).
 
     Example:
@@ -140,6 +142,10 @@ class Smart:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}, expected torch.nn.Module")
         check_supported(model)
+        if empty := next((n for n, p in model.named_parameters() if p.device.type == "meta"), None):
+            raise ValueError(
+                f"model: {empty} is on the meta device, expected values: load the weights before Smart is made"
+            )
         config = SmartConfig() if config is None else config
         if not isinstance(config, SmartConfig):
             raise TypeError(f"config: got {type(config).__name__}, expected SmartConfig")
@@ -329,6 +335,13 @@ class Smart:
             self.skipped.copy_(skipped)
         return report
 
+    def __getstate__(self) -> Any:
+        """Refuse to be copied or pickled: what is recorded of a model is of this one."""
+        raise TypeError(
+            "Smart: got copied or pickled, which it cannot be; make another for the model's copy, and hand its "
+            "state over by state_dict() and load_state_dict(), or save_smart() and load_smart()"
+        )
+
     def trial(self) -> AbstractContextManager[None]:
         """Around runs of the user's function in evaluation mode whose traces are put back when it ends."""
         return self._passes.trial()
@@ -402,9 +415,8 @@ class Smart:
     ) -> Deltas:
         """The perturbations."""
         generator = self.generator if generator is None else generator
-        samples = clean.logits[0].size(0) if clean.logits[0].dim() else 1
         positions = [
-            self._layout.find(i, call, clean.batch, arguments, samples, self._scope)
+            self._layout.find(i, call, clean.batch, arguments, clean.logits[0].shape, self._scope)
             for i, (call, arguments) in enumerate(zip(clean.embeddings, clean.arguments, strict=True))
         ]
         noise = self._noise(clean.embeddings, positions, generator, initial)

@@ -26,14 +26,22 @@ from smart_kernels.smart.parallel import (
     sharded_modules,
     without_reducer,
 )
-from smart_kernels.smart.recording import Recording, Replay, Uses, by_compiler, has_compiled_functions, is_compiled
+from smart_kernels.smart.recording import (
+    OUTPUT_NAMES,
+    Recording,
+    Replay,
+    Uses,
+    by_compiler,
+    has_compiled_functions,
+    is_compiled,
+    part,
+)
 from smart_kernels.smart.state import (
     Assignment,
     Attributes,
     Generators,
     States,
     fingerprints,
-    has_attributes,
     plain,
     reachable,
     set_states,
@@ -57,7 +65,7 @@ def run_model(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
         if len(output) < 2 + spans or not isinstance(output[0], Tensor) or output[0].dim() != 0:
             raise ValueError("model: its output tuple does not begin with a loss and logits; are labels in the batch?")
         return output[0], model_logits(output, spans)
-    loss = _part(output, "loss")
+    loss = part(output, "loss")
     if loss is None:
         raise ValueError("model: its output has no loss; put labels into the batch, or give `forward`")
     return loss, model_logits(output, spans)
@@ -86,9 +94,9 @@ def model_logits(output: Any, spans: bool) -> Any:
 
 def output_logits(output: Any) -> Any:
     """The logits in what a user's step gives, or the pair of them; None where there are none."""
-    if (start := _part(output, "start_logits")) is not None:
-        return start, _part(output, "end_logits")
-    return _part(output, "logits")
+    if (start := part(output, "start_logits")) is not None:
+        return start, part(output, "end_logits")
+    return part(output, "logits")
 
 
 def called_logits(outputs: Sequence[Any]) -> tuple[str, Logits]:
@@ -105,7 +113,7 @@ def called_logits(outputs: Sequence[Any]) -> tuple[str, Logits]:
         ValueError: none has any.
     """
     for name in OUTPUT_NAMES:
-        found = [x if isinstance(x, Tensor) else _part(x, name) for x in outputs]
+        found = [x if isinstance(x, Tensor) else part(x, name) for x in outputs]
         logits = tuple(x for x in found if isinstance(x, Tensor) and x.is_floating_point())
         if logits:
             return name, logits
@@ -114,13 +122,6 @@ def called_logits(outputs: Sequence[Any]) -> tuple[str, Logits]:
         "return the logits beside the loss, or give `forward`. (A fused loss, as Liger's, gives none in training: "
         "switch it off.)"
     )
-
-
-OUTPUT_NAMES = ("logits", "scores", "sentence_embedding")
-
-
-def _part(output: Any, name: str) -> Any:
-    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,6 @@ class Passes:
         self._dropout = dropout
         self._generators = Generators(model)
         self._modules = list(self._bare.modules())
-        self._changeable = [m for m in self._modules if m._buffers or has_attributes(m)]
         self._parameters = [(name, p) for name, p in self._bare.named_parameters()]
         self._addressed = [(p, plain(p)) for _, p in self._parameters]
         self._ids = {id(p): p.device for _, p in self._parameters}
@@ -252,6 +252,7 @@ class Passes:
         self._replay: Replay | None = None
         self._loss_replay: Replay | None = None
         self._seen_from: States | None = None
+        self._differentiates = False  # a pass of which nothing is saved fails
         self._split = False  # the clean pass's graph is freed before the perturbed pass
         self._calls = 0  # of the module to perturb, in the user's function
         self._regraphed = False  # what is compared was computed without a graph, and is computed again with one
@@ -274,9 +275,9 @@ class Passes:
         if self._sharded:  # in whose place are gathered ones for a while
             return [n for n, p in self._parameters if self._taught and p.requires_grad and id(p) not in self._trainable]
         changed = []
-        for name, places, key, part, shape in self._places:
+        for name, places, key, old, shape in self._places:
             own: Any = places.get(key)
-            same = own is part and (shape is None or own.shape == shape)
+            same = own is old and (shape is None or own.shape == shape)
             if not same or (
                 shape is not None and self._taught and own.requires_grad and id(own) not in self._trainable
             ):
@@ -323,7 +324,7 @@ class Passes:
     def trial(self) -> Iterator[None]:
         """Around runs of the user's function, in evaluation mode, whose traces are put back when it ends."""
         objects, dicts = reachable(self._forward)
-        attributes, states = Attributes(self._changeable, objects, dicts), self._generators.states()
+        attributes, states = Attributes(self._modules, objects, dicts), self._generators.states()
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
         self.repeats = True
@@ -369,7 +370,7 @@ class Passes:
             return CleanPass(loss, logits, detached(logits), (), batch, ())
         self._batch, _ = copied(batch)
         objects, dicts = reachable(self._forward)
-        self._attributes = Attributes(self._changeable, objects, dicts, self._changing)
+        self._attributes = Attributes(self._modules, objects, dicts, self._changing)
         versions = self._parameter_versions()
         # with "independent" masks, what a generator of torch's gives is no matter of ours
         self._before = self._generators.states()
@@ -415,7 +416,7 @@ class Passes:
         self._regraphed = self._replay is not None and self._without_graph(logits)
         if self._regraphed:
             assert self._replay is not None
-            if self.asks_for_logits:
+            if self.asks_for_logits and not self._by_calls and recording.apart(loss, logits):
                 # they are those of the loss's own pass, and what was drawn for them was not in the user's program
                 self._after = self._replay.begin_at(self._before)
             reading = nullcontext() if hook is None else hook.read(**how)
@@ -545,8 +546,12 @@ class Passes:
         """The logits at embeddings + deltas, as constants; the next perturbed pass is this one again."""
         self._seen_from = self._generators.states() if self._dropout == "independent" else None
         outputs = [perturb(c.output.detach(), d) for c, d in zip(clean.embeddings, deltas, strict=True)]
-        with self._extra(), self._replaced(clean, outputs, self._replay is None):
-            return self._constants()
+
+        def run() -> Logits:
+            with self._replaced(clean, outputs, self._replay is None):
+                return self._run()
+
+        return self._constants(run, self._seen_from)
 
     @property
     def repeatable(self) -> bool:
@@ -565,13 +570,29 @@ class Passes:
             logits, self.head.calls = [call.hidden for call in self.head.calls], []
         return replace(clean, loss=loss, logits=tuple(logits), constant=False)
 
-    def _constants(self) -> Logits:
-        """The logits by the way of a pass in training, of which nothing is kept for a backward pass."""
+    def _constants(self, run: Callable[[], Logits], states: States | None = None) -> Logits:
+        """The logits by the way of a pass in training, of which nothing is kept for a backward pass.
+
+        Args:
+            run: gives them.
+            states: of the generators to begin with, where masks are "independent".
+        """
         if self._sharded:  # whose hooks would wait for the backward pass
-            with torch.no_grad():
-                return self._run()
-        with _nothing_saved(casts_kept=self._compiled):
-            return detached(self._run())
+            with self._extra(), torch.no_grad():
+                return run()
+        if not self._differentiates:
+            try:
+                # a compiled model asks whether casts are kept; `weights()` forgets them
+                with self._extra(states), _for_no_backward(casts_kept=self._compiled, saved=False):
+                    return detached(run())
+            except torch.OutOfMemoryError:
+                raise
+            except (TypeError, RuntimeError):
+                pass  # as where the model takes a gradient in its forward pass, which needs what is saved
+        with self._extra(states), _for_no_backward(casts_kept=self._compiled, saved=True):
+            logits = detached(run())
+        self._differentiates = True
+        return logits
 
     @contextmanager
     def probe(self, clean: CleanPass, deltas: tuple[Tensor, ...], loss: bool) -> Iterator[tuple[Tensor | None, Logits]]:
@@ -624,29 +645,32 @@ class Passes:
         the modules in place of the parameters, or in these, where the model is found to read them from elsewhere.
         """
         own = {name: p for name, p in self._parameters if p.requires_grad}
-        swapped = nullcontext() if teacher is None else teacher.weights()
-        if self._sharded:  # whose hooks would wait for the backward pass
-            with self._extra(), torch.no_grad(), swapped:
-                return self._run(head=teacher is not None)
-        # a compiled model asks whether casts are kept; `weights()` forgets them
-        with self._extra(), _nothing_saved(casts_kept=self._compiled):
-            if self._compiled:  # the same parameters, and the same hook, so the same graph
-                with swapped, nullcontext() if self.hook is None else self.hook.unread():
-                    return detached(self._run())
-            if self._elsewhere:
-                with swapped:
-                    return detached(self._run(head=teacher is not None))
-            values = own if teacher is None else teacher.parameters()
-            changed = {name for name, _ in self._changed_parameters}
-            values = {
+        swapped: Callable[[], AbstractContextManager[None]] = nullcontext if teacher is None else teacher.weights
+        head = teacher is not None
+        if self._sharded or self._compiled or self._elsewhere:
+            # of a compiled model the same parameters, and the same hook, so the same graph
+            unread = self._compiled and not self._sharded and self.hook is not None
+
+            def swap() -> Logits:
+                with swapped(), self.hook.unread() if unread and self.hook is not None else nullcontext():
+                    return self._run(head=head and not self._compiled)
+
+            return self._constants(swap)
+        values = own if teacher is None else teacher.parameters()
+        changed = {name for name, _ in self._changed_parameters}
+
+        def run() -> Logits:
+            given = {
                 n: (v.detach().clone() if n in changed else v.detach()).requires_grad_() for n, v in values.items()
             }
             if teacher is not None:
-                return detached(self._run(values, head=True))
+                return self._run(given, head=True)
             with Uses({id(p) for p in own.values()}) as uses:
-                logits = detached(self._run(values))
+                logits = self._run(given)
             self._elsewhere = uses.any  # what is held in a list, say, is not replaced
             return logits
+
+        return self._constants(run)
 
     def _run(
         self,
@@ -739,18 +763,20 @@ def _drop(_tensor: Any) -> Any:
 
 
 @contextmanager
-def _nothing_saved(casts_kept: bool) -> Iterator[None]:
-    """The graph that a pass makes keeps no tensor: it is not for a backward pass.
+def _for_no_backward(casts_kept: bool, saved: bool) -> Iterator[None]:
+    """A pass with a graph that is not for a backward pass.
 
     What is computed may depend on whether there is a graph, so a pass that is compared with one in training has one.
 
     Args:
         casts_kept: let autocast keep what it casts; not of weights that are not the model's.
+        saved: let the graph keep tensors, as long as it lives.
     """
     caching = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(caching and casts_kept)
+    hooks = nullcontext() if saved else torch.autograd.graph.saved_tensors_hooks(_drop, _drop)
     try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
+        with torch.enable_grad(), hooks:
             yield
     finally:
         torch.set_autocast_cache_enabled(caching)

@@ -6,7 +6,7 @@ row. Masks have as many forms. What can be told for certain is used; otherwise t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,9 +117,10 @@ class Layout:
         self._mask = mask
         self._relations: dict[Any, tuple[str, str] | None] = {}
         self._orders: dict[int, str] = {}
+        self._turned: dict[int, bool] = {}  # by place, as it was seen last for certain
 
     def find(
-        self, place: int, call: EmbeddingCall, batch: Any, arguments: Mapping[str, Any], samples: int, scope: str
+        self, place: int, call: EmbeddingCall, batch: Any, arguments: Mapping[str, Any], logits: torch.Size, scope: str
     ) -> Positions:
         """The positions of a call.
 
@@ -128,14 +129,14 @@ class Layout:
             call: the call.
             batch: the batch, as the pass found it.
             arguments: the named arguments of the model's call.
-            samples: how many the logits have.
+            logits: their shape.
             scope: as in the configuration.
 
         Raises:
             TypeError: the mask is no tensor of real numbers.
             ValueError: it does not fit the embeddings, in any way that is certain.
         """
-        shape = call.output.shape
+        shape, samples = call.output.shape, logits[0] if logits else 1
         named = {**_named(batch), **arguments}
         relation = self._relation(place, call.ids, named)
         how, name = relation or ("", "")
@@ -163,11 +164,34 @@ class Layout:
             return Positions(mask=None if mask is None else check_mask(mask, call.output, "the embeddings"))
         order: tuple[int, ...] | None = None
         turned = not how and mask is None and shape[0] != samples and shape[1] == samples
-        if how == "transposed" or turned:
+        if turned or self._words_first(place, how, shape, logits, named):
             order = 1, 0, *range(2, len(shape))
         if mask is None:
-            return Positions(order, samples=self._packed(named, shape[:-1], scope))
+            ordered = [shape[i] for i in (order or range(len(shape)))[:-1]]
+            return Positions(order, samples=self._packed(named, ordered, scope))
         return self._masked(how, order, mask, call.output, named, scope, place)
+
+    def _words_first(
+        self, place: int, how: str, shape: torch.Size, logits: torch.Size, named: Mapping[str, Any]
+    ) -> bool:
+        """Whether the sample is the second dimension of the embeddings.
+
+        That the ids are the batch's tells nothing of it. Logits of samples do, where one dimension alone is as large as
+        their first and the other is no multiple of it, as rows of choices are; so do the words' lengths. Where neither
+        does, it is as it was the last time, or samples come first in the batch.
+        """
+        if how in ("right", "left") or len(shape) != 3:
+            return False
+        told = self._turned.get(place, how == "transposed")
+        rows, length = shape[:2]
+        if rows == length:
+            return told
+        count = logits[0] if len(logits) in (1, 2) and sorted(logits) != sorted(shape[:2]) else 0
+        for turned, own, other in ((False, rows, length), (True, length, rows)):
+            of_samples = count == own and other > 1 and other % count != 0
+            if of_samples or any(_are_lengths(x, own, other) for x in named.values()):
+                self._turned[place] = told = turned
+        return told
 
     # ------------------------------------------------------------------------------- where the words come from
 
@@ -203,13 +227,17 @@ class Layout:
         shape = embeds.shape
         rows, length = (shape[i] for i in (order or (0, 1))[:2])
         seen = _rows_of(mask, rows)
-        if seen is None and not how and mask.dim() == 2 and tuple(mask.shape) == (shape[1], shape[0]):
+        if seen is None and order is not None and mask.shape == shape[:2]:
+            seen = mask.mT
+        if seen is None and how in ("", "same") and mask.dim() == 2 and tuple(mask.shape) == (shape[1], shape[0]):
             order, seen, length = (1, 0, *range(2, len(shape))), mask, shape[0]
         if seen is None:
             raise self._unfit(mask, shape)
         if seen.shape[1] != length:
             seen, channels = self._aligned(how, seen, shape, length)
             order = (0, 2, 1) if channels else order
+        elif order is not None and how == "same" and rows == length:  # as well the one as the other
+            raise self._unfit(mask, shape)
         elif not how and self._mask is None:
             if rows == length:  # as well the one as the other
                 if place not in self._orders:
@@ -234,22 +262,22 @@ class Layout:
                     return found, channels
         raise self._unfit(seen, shape)
 
-    def _packed(self, named: Mapping[str, Any], shape: tuple[int, ...], scope: str) -> Tensor | None:
+    def _packed(self, named: Mapping[str, Any], shape: Sequence[int], scope: str) -> Tensor | None:
         """Which sample each position is of, where positions or lengths tell that rows hold several."""
         if scope == "token" or len(shape) != 2:
             return None
         positions = named.get("position_ids")
         if isinstance(positions, Tensor):
             positions = positions[0] if positions.dim() == 3 else positions
-            if positions.shape == shape:
+            if list(positions.shape) == list(shape):
                 first = torch.ones_like(positions, dtype=torch.bool)
                 first[:, 1:] = positions[:, 1:] <= positions[:, :-1]
-                return first.flatten().cumsum(0).sub(1).view(shape)
+                return first.flatten().cumsum(0).sub(1).view(*shape)
         for name in ("cu_seq_lens_q", "cu_seqlens", "cu_seqlens_q"):
             bounds = named.get(name)
             if isinstance(bounds, Tensor) and shape[0] == 1:
                 places = torch.arange(shape[1], device=bounds.device, dtype=bounds.dtype)
-                return (torch.searchsorted(bounds, places, right=True) - 1).clamp(min=0).view(shape)
+                return (torch.searchsorted(bounds, places, right=True) - 1).clamp(min=0).view(*shape)
         return None
 
     def _unfit(self, mask: Tensor, shape: torch.Size) -> ValueError:
@@ -266,6 +294,13 @@ def _named(batch: Any) -> dict[str, Any]:
     if isinstance(batch, Mapping):
         return {str(k): v for k, v in batch.items() if isinstance(v, Tensor)}
     return {str(i): v for i, v in enumerate(leaves(batch)) if isinstance(v, Tensor)}
+
+
+def _are_lengths(x: Any, samples: int, longest: int) -> bool:
+    """Whether these are the numbers of words of so many samples: on the host, as torch's packed sequences take them."""
+    if not isinstance(x, Tensor) or x.device.type != "cpu" or x.shape != (samples,) or not samples or not _integers(x):
+        return False
+    return int(x.min()) > 0 and int(x.max()) == longest
 
 
 def _integers(x: Tensor) -> bool:

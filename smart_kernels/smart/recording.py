@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FunctionType, MethodType
 from typing import Any
@@ -23,6 +24,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from smart_kernels.smart.parallel import without_reducer
 from smart_kernels.smart.state import Assignment, Generators, States, set_states, version
 from smart_kernels.smart.structure import PLAIN, Filled, copied, leaves, mapped, tensors
+
+OUTPUT_NAMES = ("logits", "scores", "sentence_embedding")
+"""How models call their result, in an object or a mapping."""
 
 
 class _Value:
@@ -91,6 +95,14 @@ class _Node:
     output: Any = None
     """Of a call: its output, as long as the recording goes on."""
     call: bool = False
+    forwards: tuple[Any, ...] = ()
+    """Of a call: what stands in the place of the modules' own ``forward``."""
+    results: frozenset[int] = frozenset()
+    """Of a call: the numbers of what it gave by the name of a result, or of all that it gave."""
+    returned: frozenset[int] = frozenset()
+    """Of a call: the numbers of what it got by the name of a result, in a mapping."""
+    judges: bool = False
+    """Of a call: whether it is of a loss, an activation or a metric, so that what it was given still is a result."""
 
 
 class Recording(TorchFunctionMode):
@@ -190,6 +202,8 @@ class Recording(TorchFunctionMode):
         node.assigned = len(self._assigned)
         node.unknown |= self._set_apart or (self._taken and any(type(x) is float for x in leaves((args, kwargs))))
         self._inner = None if inner is module else (inner, node)
+        node.returned = self._named(x for x in (*args, *kwargs.values()) if isinstance(x, Mapping))
+        given = [(x.shape, self._numbers.get(x) is not None) for x in tensors((args, kwargs))]
         begin = self._count()
         self._depth += 1
         try:
@@ -199,8 +213,10 @@ class Recording(TorchFunctionMode):
             self._inner = None
         self._moved()  # what the model changes itself, it changes again
         node.embeddings = range(begin, self._count())
-        node.output = output
+        node.output = dict(output) if isinstance(output, Mapping) else output  # others may fill it further
+        node.judges = _judges(inner, given, output)
         self._made(node, output)
+        node.results = self._named([output]) or frozenset(node.outputs.values())
         self.nodes.append(node)
         return output
 
@@ -209,6 +225,12 @@ class Recording(TorchFunctionMode):
         if isinstance(value, Tensor):
             return value.grad_fn is None and self._numbers.get(value) is None
         return isinstance(value, (*PLAIN, nn.Module)) or callable(value)
+
+    def _named(self, outputs: Iterable[Any]) -> frozenset[int]:
+        """The numbers of what is a result by its name."""
+        found = [part(output, name) for output in outputs for name in OUTPUT_NAMES]
+        numbers = [self._numbers.get(x) for x in found if isinstance(x, Tensor)]
+        return frozenset(n for n in numbers if n is not None)
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -231,8 +253,8 @@ class Recording(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         self._taken |= name in _TAKING
-        changes = "out" in kwargs or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-        changes |= name in _ON_GRAPHS
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        changes = "out" in kwargs or name in _IN_PLACE or name in _ON_GRAPHS or in_place
         again = functools.partial(_where_followed, func) if name in _ON_GRAPHS else func
         node = self._node(again, (args, kwargs), changes=changes)
         node.unknown |= self._taken or (name in _KEEPING and self._keeps(args, kwargs))
@@ -260,11 +282,16 @@ class Recording(TorchFunctionMode):
             if torch.amp.is_autocast_available(kind)
         )
         training = tuple([m.training for m in self._modules]) if call else ()
+        forwards = self._forwards() if call else ()
         surroundings = Surroundings(torch.is_grad_enabled(), autocast, training)
         generators: States = []
         if self._generators is not None:
             generators = self._generators.states() if call else self._generators.torch_states()
-        return _Node(function, kept, reads, writes, unknown, surroundings, generators, call=call)
+        return _Node(function, kept, reads, writes, unknown, surroundings, generators, call=call, forwards=forwards)
+
+    def _forwards(self) -> tuple[Any, ...]:
+        """What stands in the place of the modules' own ``forward``, as where a loss keeps what the model gave."""
+        return tuple([own if (own := vars(m).get("forward")) is None else _unless_own(m, own) for m in self._modules])
 
     def _kept(self, arguments: Any, clone: bool) -> tuple[Any, set[int], set[int], bool]:
         """Arguments as they are now, with numbers in the place of what came from the model; what is read; changed."""
@@ -341,17 +368,41 @@ class Recording(TorchFunctionMode):
     # ---------------------------------------------------------------------------------------------- what it gives
 
     def outputs(self) -> list[Any]:
-        """The results of those calls that no later call reads: the differentiable ones, or all where none is."""
-        calls = [n for n in self.nodes if n.call and any(x.dim() for x in tensors(n.output))]  # not so of a criterion
+        """The results of those calls that no later call reads: the differentiable ones, or all where none is.
+
+        A loss, an activation or a metric of its own gives no result, and what it reads still is one. Nor does a module
+        read its own result by being given the mapping again that it has put it into.
+        """
+        calls = [n for n in self.nodes if n.call and not n.judges and any(x.dim() for x in tensors(n.output))]
         inner: set[int] = set()  # what goes into a later call is no result
+        own: dict[int, set[int]] = {}  # the results of a module's calls, by its id
+        reads = {id(node): node.reads for node in self.nodes}
         for call in calls:
-            inner |= call.reads
+            before = own.setdefault(id(call.function), set())
+            reads[id(call)] = call.reads - (call.returned & before)
+            inner |= reads[id(call)]
+            before |= call.results
         for node in reversed(self.nodes):
             if node.writes & inner:
-                inner |= node.reads
-        outputs = [n.output for n in calls if not set(n.outputs.values()) & inner]
+                inner |= reads[id(node)]
+        outputs = [n.output for n in calls if not n.results & inner]
         with_graph = [o for o in outputs if any(x.requires_grad for x in tensors(o))]
         return with_graph or outputs
+
+    def apart(self, loss: Tensor, logits: Sequence[Tensor]) -> bool:
+        """Whether the logits come from other calls than the loss."""
+        calls = {id(node) for node in self._behind([loss]) if node.call}
+        return not any(id(node) in calls for node in self._behind(logits))
+
+    def _behind(self, results: Sequence[Tensor]) -> list[_Node]:
+        """What these came from, in its order."""
+        live = {n for n in map(self._numbers.get, results) if n is not None}
+        nodes: list[_Node] = []
+        for node in reversed(self.nodes):
+            if node.writes & live:
+                nodes.append(node)
+                live |= node.reads
+        return nodes[::-1]
 
     def replay(self, logits: Sequence[Tensor], whole: bool) -> Replay | None:
         """How these logits are computed anew.
@@ -364,17 +415,17 @@ class Recording(TorchFunctionMode):
             None where it is not known what they were made of.
         """
         numbers = [self._numbers.get(x) for x in logits]
-        nodes: list[_Node] = []
-        live = {n for n in numbers if n is not None}
-        for node in reversed(self.nodes):
-            if node.writes & live:
-                nodes.append(node)
-                live |= node.reads
-        nodes.reverse()
+        nodes = self._behind(logits)
         for node in self.nodes:
             node.output = None
         sound = all(n is None or self._made_as[n] == _mark(x) for n, x in zip(numbers, logits, strict=True))
-        kept = sound and all(not n.unknown and (n.function is _again or _as_it_was(n.arguments)) for n in nodes)
+        forwards = self._forwards()
+        the_same = all(not n.call or n.forwards == forwards for n in nodes)
+        kept = (
+            sound
+            and the_same
+            and all(not n.unknown and (n.function is _again or _as_it_was(n.arguments)) for n in nodes)
+        )
         if None in numbers or not kept or not any(n.call for n in nodes):
             return None
         return Replay(nodes, [n for n in numbers if n is not None], list(self._modules), whole, self._assigned)
@@ -410,12 +461,12 @@ class Replay(nn.Module):
         return [i for node in self._nodes for i in node.embeddings]
 
     def arguments(self, embedding: int) -> Mapping[str, Any]:
-        """The named arguments of the call in which this call of the module to perturb happened."""
+        """The arguments, by their names, of the call in which this call of the module to perturb happened."""
         node = next(n for n in self._nodes if embedding in n.embeddings)
         args, kwargs = node.arguments
         named: dict[str, Any] = {}
-        for part in (*args, kwargs):
-            contents = part.contents if isinstance(part, Filled) else part
+        for given in (*args, dict(zip(_names(node.function), args, strict=False)) | kwargs):
+            contents = given.contents if isinstance(given, Filled) else given
             if isinstance(contents, dict):
                 named |= {k: v.value for k, v in contents.items() if isinstance(v, _Constant)}
         return named
@@ -490,6 +541,46 @@ class _Held:
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
+
+
+def _judges(module: nn.Module, given: Sequence[tuple[torch.Size, bool]], output: Any) -> bool:
+    """Whether a call is of a loss, an activation or a metric, which take what the model gave and are no part of it.
+
+    Such a module has no parameters. Nor has one that pools or reshapes: it gives at least two dimensions, of another
+    shape than the one result that it takes, and takes no target, which has the shape of that result or of the losses.
+
+    Args:
+        module: what was called.
+        given: of each tensor that it got, the shape, and whether it came from the model.
+        output: what it gave.
+    """
+    taken = [shape for shape, of_model in given if of_model]
+    if not taken or next(module.parameters(), None) is not None:
+        return False
+    made = [x.shape for x in tensors(output)]
+    others = [shape for shape, of_model in given if not of_model]
+    pools = len(taken) == len(made) == 1 and len(made[0]) > 1 and made != taken
+    return not pools or any(shape in (*taken, *made) for shape in others)
+
+
+def _names(module: Any) -> list[str]:
+    """Of what a module takes by position, as far as it says so."""
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    try:
+        parameters = inspect.signature(getattr(module, "_orig_mod", module).forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if p.kind in kinds]
+
+
+def part(output: Any, name: str) -> Any:
+    """What a mapping, or an object, has by a name; None where it has nothing."""
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _unless_own(module: nn.Module, forward: Any) -> Any:
+    own = isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
+    return None if own else forward
 
 
 def _again() -> None:

@@ -32,6 +32,8 @@ _TorchGenerator = torch.Generator
 _MISSING = object()
 _OF_MODULES = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 """The attributes that torch itself keeps in a module: parameters, hooks, training; `_buffers` is looked at apart."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+"""Of these a first pass may register some, and have an attribute that says so."""
 _CONTAINERS = (list, dict, set, deque)
 _LARGEST_CONTAINER = 65536
 _NESTED = 16384
@@ -120,8 +122,8 @@ def has_attributes(module: nn.Module) -> bool:
 class Attributes:
     """The attributes of some objects before a pass, and what of them the pass has changed.
 
-    Looked at are buffers, tensors, numbers and whatever else is assigned anew, and what lies in lists, dicts and sets;
-    of other objects, which attribute they are and not what is in them.
+    Looked at are buffers, tensors, numbers and whatever else is assigned anew, what lies in lists, dicts and sets, and
+    the hooks of modules; of other objects, which attribute they are and not what is in them.
 
     Args:
         modules: of the model; whether these are changed between two looks can be asked, see :meth:`moved`.
@@ -142,6 +144,7 @@ class Attributes:
         self._tensors: list[tuple[dict[str, Any], str, Tensor, int, Tensor | None]] = []
         self._contents: dict[int, tuple[Any, Any, dict[int, Any]]] = {}
         self._arrays: list[tuple[dict[str, Any], str, Any, Any]] = []
+        self._hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
         self._seen: set[int] = set()
         self._between: set[tuple[int, str]] = set()  # what was assigned between calls of the model
         self._nested = _NESTED
@@ -160,6 +163,7 @@ class Attributes:
             self._keep(mapping, {name: mapping[name] for name in names if name in mapping}, whole=False)
 
     def _look_into(self, module: nn.Module) -> None:
+        self._hooks += [(vars(module)[name], dict(vars(module)[name])) for name in _HOOKS if name in vars(module)]
         if module._buffers:
             self._keep(module._buffers, dict(module._buffers))
         if has_attributes(module):
@@ -253,6 +257,9 @@ class Attributes:
             if not (array == start).all():
                 in_place.add((id(place), name))
                 self._changes.append((_copier(place, name, start), _setter(place, name, place.get(name, _MISSING))))
+        for hooks, old_hooks in self._hooks:
+            if hooks.keys() != old_hooks.keys():
+                self._changes.append((_filler(hooks, old_hooks, {}), _filler(hooks, dict(hooks), {})))
         for container, before, copies in self._contents.values():
             if copies or not _same(container, before):
                 after = copy.copy(container)
