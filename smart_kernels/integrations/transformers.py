@@ -25,9 +25,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from smart_kernels.smart.checkpoint import load_smart, save_smart
 from smart_kernels.smart.config import CHOICES, SmartConfig
-from smart_kernels.smart.divergence import IGNORED
 from smart_kernels.smart.objective import Smart, SmartOutput, attention_mask
 from smart_kernels.smart.passes import Forward, model_logits, output_logits
+from smart_kernels.smart.rows import IGNORED
 from smart_kernels.smart.structure import copied
 
 SMART_NAME = "smart.safetensors"

@@ -6,6 +6,7 @@ It costs a few forward passes and waits for the device, once.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from smart_kernels.smart.config import Logits, SmartConfig
 from smart_kernels.smart.divergence import Divergence
 from smart_kernels.smart.embedding import mean_size, resolved_at
+from smart_kernels.smart.gradients import without_autocast
+from smart_kernels.smart.head import SAME
 from smart_kernels.smart.passes import CleanPass, Passes, detached
 from smart_kernels.smart.teacher import Teacher
 
@@ -33,6 +36,49 @@ def check_connected(trains: bool, logits: Logits) -> None:
                     "no graph, while the loss does, so the terms would train nothing. It came out of detach(), of "
                     "torch.no_grad(), or from elsewhere than the model; return the model's own logits"
                 )
+
+
+def reached_rows(clean: CleanPass) -> Tensor | None:
+    """The rows of the clean pass's logits that the task loss depends on, True for those; None where it cannot be told.
+
+    It takes the gradient with respect to the logits alone, in front of the model's graph, which stays.
+    """
+    (logits,) = clean.logits
+    if clean.regraphed or not (clean.loss.requires_grad and logits.requires_grad) or is_capturing(logits):
+        return None
+    edge: Any = torch.autograd.graph.get_gradient_edge(logits)
+    kept = logits.grad if logits.is_leaf or logits.retains_grad else None
+    # as of a sum over rows, so that in fp16 what a mean leaves of one is not rounded to 0
+    many = torch.full_like(clean.loss, float(logits.shape[:-1].numel()))
+    found: Tensor | None = None
+    try:
+        while found is None and edge is not None:
+            with without_autocast():
+                (found,) = torch.autograd.grad(clean.loss, edge, many, retain_graph=True, allow_unused=True)
+            edge = _made_of(edge) if found is None else None
+    except RuntimeError:  # a graph that cannot be gone back through twice, or not so
+        return None
+    finally:
+        if logits.is_leaf or logits.retains_grad:
+            logits.grad = kept
+    return None if found is None or found.numel() != logits.numel() else found.view(logits.shape).count_nonzero(-1) > 0
+
+
+def _made_of(edge: Any) -> Any:
+    """What a tensor is a copy of, as the loss may be made of that; None where it is none."""
+    node, place = edge.node, edge.output_nr
+    name = node.name()
+    if name not in SAME:
+        return None
+    inputs = [x for x in node.next_functions if x[0] is not None]
+    if name == "_DDPSinkBackward" and len(node.next_functions) > place:
+        inputs = [node.next_functions[place]]
+    return torch.autograd.graph.GradientEdge(*inputs[0]) if len(inputs) == 1 and inputs[0][0] is not None else None
+
+
+def is_capturing(x: Tensor) -> bool:
+    """Whether what is done with a tensor is captured as a CUDA graph, where nothing may be waited for."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def check_zero(

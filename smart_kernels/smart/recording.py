@@ -377,13 +377,13 @@ class Replay(nn.Module):
 
     def arguments(self, embedding: int) -> Mapping[str, Any]:
         """The named arguments of the call in which this call of the module to perturb happened."""
-        node = next(n for n in self._nodes if embedding in n.embeddings)
-        args, kwargs = node.arguments
+        return _named(next(n for n in self._nodes if embedding in n.embeddings))
+
+    def named(self) -> Mapping[str, Any]:
+        """The named arguments of all calls; of those of one name the last."""
         named: dict[str, Any] = {}
-        for part in (*args, kwargs):
-            contents = part.contents if isinstance(part, Filled) else part
-            if isinstance(contents, dict):
-                named |= {k: v.value for k, v in contents.items() if isinstance(v, _Constant)}
+        for node in self._nodes:
+            named |= _named(node) if node.call else {}
         return named
 
     def forward(self, grad: bool = False, values: Mapping[int, Tensor] | None = None) -> tuple[Tensor, ...]:
@@ -419,6 +419,17 @@ class Replay(nn.Module):
                 if place in node.outputs:
                     made[node.outputs[place]] = x
         return tuple(made[n] for n in self._logits)
+
+
+def _named(call: _Node) -> Mapping[str, Any]:
+    """The named arguments of a call, as far as they do not come from the model."""
+    args, kwargs = call.arguments
+    named: dict[str, Any] = {}
+    for part in (*args, kwargs):
+        contents = part.contents if isinstance(part, Filled) else part
+        if isinstance(contents, dict):
+            named |= {k: v.value for k, v in contents.items() if isinstance(v, _Constant)}
+    return named
 
 
 class _Held:
