@@ -347,7 +347,8 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
                 once, logits = self._forward(model, {**copied(inputs)[0], _NUM_ITEMS: num_items})
                 twice, _ = self._forward(model, {**copied(inputs)[0], _NUM_ITEMS: 2 * num_items})
             tokens = isinstance(logits, Tensor) and logits.dim() > 2
-            by_samples = self.smart.config.divergence == "squared_error" or not tokens
+            numbers = self.smart.config.divergence == "squared_error"
+            by_samples = not tokens or (numbers and logits.size(-1) > 1)
             telling = once.isfinite() & (once != 0)  # not so where nothing in this batch has a label
             votes = self.accelerator.reduce(torch.stack([telling & (once != twice), telling & (once == twice)]).long())
             if not votes.any():

@@ -49,7 +49,7 @@ def reached_rows(clean: CleanPass) -> Tensor | None:
     edge: Any = torch.autograd.graph.get_gradient_edge(logits)
     kept = logits.grad if logits.is_leaf or logits.retains_grad else None
     # as of a sum over rows, so that in fp16 what a mean leaves of one is not rounded to 0
-    many = torch.full_like(clean.loss, float(logits.shape[:-1].numel()))
+    many = torch.full_like(clean.loss, min(logits.shape[:-1].numel(), 2**15))
     found: Tensor | None = None
     try:
         while found is None and edge is not None:
@@ -61,7 +61,9 @@ def reached_rows(clean: CleanPass) -> Tensor | None:
     finally:
         if logits.is_leaf or logits.retains_grad:
             logits.grad = kept
-    return None if found is None or found.numel() != logits.numel() else found.view(logits.shape).count_nonzero(-1) > 0
+    return (
+        None if found is None or found.numel() != logits.numel() else found.reshape(logits.shape).count_nonzero(-1) > 0
+    )
 
 
 def _made_of(edge: Any) -> Any:

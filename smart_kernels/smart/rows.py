@@ -134,7 +134,7 @@ class Rows:
                 f"the terms count {int(rows(found.rule).sum())}: nothing in the batch, nor in the arguments of the "
                 f"model, tells which are meant. Put the labels into the batch as '{LABELS}', with {IGNORED} where "
                 "there is none, or give a callable as `divergence`",
-                stacklevel=8,  # the caller of a step
+                stacklevel=10,  # the caller of a step
             )
 
 
