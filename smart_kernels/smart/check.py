@@ -61,9 +61,9 @@ def reached_rows(clean: CleanPass) -> Tensor | None:
     finally:
         if logits.is_leaf or logits.retains_grad:
             logits.grad = kept
-    return (
-        None if found is None or found.numel() != logits.numel() else found.reshape(logits.shape).count_nonzero(-1) > 0
-    )
+    if found is None or found.numel() != logits.numel() or not bool(found.sum(dtype=torch.float32).isfinite()):
+        return None
+    return found.reshape(logits.shape).count_nonzero(-1) > 0
 
 
 def _made_of(edge: Any) -> Any:

@@ -73,6 +73,7 @@ class Rows:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._speech: Any = first_having(model, "_get_feature_vector_attention_mask")
         self._found: dict[Any, _Found] = {}
         self._told = False
 
@@ -87,10 +88,12 @@ class Rows:
             reached: gives the rows that the task loss reaches, True for those, or None where that is not known.
         """
         shape = logits.shape
-        named = {**named, **_of_frames(self._model, named, shape)}
+        named = {**named, **_of_frames(self._speech, named, shape)}
         fitting = tuple((name, tuple(_ways(x, shape))) for name, x in sorted(named.items()))
         kind = self._model.training, len(shape), fitting
-        found = self._found.setdefault(kind, _Found(rule_by_names(named, shape, self._model)))
+        if kind not in self._found:
+            self._found[kind] = _Found(rule_by_names(named, shape, self._model))
+        found = self._found[kind]
         asks = len(shape) == 3 or any(ways for _, ways in fitting)
         if asks and not found.settled:
             rows = reached()
@@ -257,13 +260,12 @@ def _placed(entries: Tensor, way: str, shape: torch.Size) -> Tensor:
     return entries.flatten() if len(shape) == 2 else entries
 
 
-def _of_frames(model: Any, named: Mapping[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
+def _of_frames(speech: Any, named: Mapping[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
     """The mask of a speech model's frames, made of the one of the samples of sound, where rows are frames."""
     mask = first_known(named, MASK)
-    part: Any = first_having(model, "_get_feature_vector_attention_mask")
-    if part is None or mask is None or len(shape) != 3 or named[mask].dim() != 2:
+    if speech is None or mask is None or len(shape) != 3 or named[mask].dim() != 2:
         return {}
-    found = frames(part, shape[1], named[mask])
+    found = frames(speech, shape[1], named[mask])
     return {} if found is None else {_FRAMES: found}
 
 
