@@ -40,70 +40,72 @@ AT_CLEAN = ("predicted", "fisher", "task")
 class SmartConfig:
     r"""Hyper-parameters of SMART (Jiang et al. 2020, arXiv 1911.03437): the paper's values are the defaults.
 
-        The objective is :math:`L(\theta) + \lambda_s R_s(\theta) + \mu D_{Breg}(\theta, \tilde\theta)` (sections 3.1, 3.2).
+    The objective is :math:`L(\theta) + \lambda_s R_s(\theta) + \mu D_{Breg}(\theta, \tilde\theta)` (sections 3.1, 3.2).
 
-        Args:
-            lambda_s: weight of the smoothness term R_s, >= 0, no unit; the paper takes 1, 3 or 5. With 0 none of its
-                passes runs.
-            epsilon: radius of the ball around the word embeddings, >= 0, in units of the embeddings, in `norm`
-                (section 4.1: 1e-5).
-            noise_std: standard deviation of the noise that the ascent starts from, >= 0, in units of the embeddings
-                (section 4.1: 1e-5).
-            step_size: length of an ascent step, > 0, in units of the embeddings: the gradient is normalised to 1 first.
-                None, the default, is 100 epsilon, so that almost every step ends on the ball's surface (section 4.1:
-                1e-3 at an epsilon of 1e-5). The step that is taken is :attr:`step_length`.
-            ascent_steps: ascent steps of the "power" adversary, >= 1 (the paper's T_x; section 4.1: 1). The other
-                adversaries take one step or none, so theirs stays 1.
-            norm: the ball's norm and the gradient's, "linf" (the paper's) or "l2".
-            scope: what one norm is taken over: "sample" (all positions of an example; open in the paper) or "token".
-            adversary: how the perturbation is found. "power" is the paper's: a forward pass at the noise and the
-                gradient of the divergence there. "predicted", "fisher" and "task" take a gradient through the clean
-                pass instead, one forward cheaper: of the log-probability of the most probable class (the strongest of
-                all), of a random direction drawn from the Fisher information, or of the task loss; for "linf" they step
-                along its signs, so that scope has no effect. "random" is the
-                noise alone, not projected: R3F (Aghajanyan et al. 2020, arXiv 2008.03156); epsilon, step_size, norm
-                and scope have no effect then.
-            mu: weight of the proximal term D_Breg, >= 0, no unit (section 4.1: 1; flat in [1, 10], useless at 0.1,
-                harmful at 100). With 0 none of its passes runs.
-            proximal: what the term holds the model close to: "momentum", an exponential moving average of the
-                parameters (MBPP, section 3.2); "vanilla", the parameters when the outer step began (VBPP, section 3.2);
-                "none".
-            inner_steps: S of Algorithm 1, optimiser steps in an outer step, >= 1 (section 4.1: 1). The average or the
-                copy of the parameters is renewed after each outer step. "vanilla" needs 2: with 1 the parameters are
-                held close to themselves and the term is 0.
-            decay: beta, the share that the average keeps of itself in an update, in [0, 1] (section 4.1: 0.99).
-            decay_late: beta after the switch (section 4.1: 0.999).
-            decay_switch: share of all updates after which beta changes, in [0, 1] (section 4.1: 0.1).
-            divergence: l_s. "auto" chooses by the model's output: symmetric KL for classes, tokens and spans, squared
-                error for a single number (section 3.1), of a sample or a token; "squared_error" or a kind of
-    X a callable ``(input, target, batch) -> Tensor`` gets two tensors of logits
-                (a pair each for spans) and the batch, and returns a scalar, a mean over samples or tokens, that is
-                differentiable in both.
-            dropout: "shared", all passes of a step draw the same masks (two draws differ by 2e4 times what the
-                adversary does at the paper's radius); "independent", each draws its own; "off", the step runs in
-                evaluation mode, batch normalisation apart. "shared" and "independent" read and set the state of
-                the default generators, which a CUDA graph's capture forbids: capture with "off".
-            detach_clean: take the clean pass in R_s as a constant; by default gradients flow into it too (section 3.1).
-            memory: how :meth:`smart_kernels.Smart.backward` orders its passes where gradients flow into the clean pass:
-                "fast", both graphs at a time and one backward pass; "lean", one graph at a time, for one more forward
-                pass. Without effect with ``detach_clean=True``, where it is one graph at a time in any case.
-            fuse_head: whether, for a model with an output embedding (causal, masked, seq2seq), the extra passes end in
-                front of it and :func:`smart_kernels.linear_divergence` takes its part, so that no logits but the model's
-                own for the task loss are formed. "auto": where the head, a plain linear layer, is found to give the logits,
-                up to a bias, a scale and a cap that the model applies to what it gives; where not, one line in the log
-                says why. True: an error says why, and :meth:`smart_kernels.Smart.backward` keeps no logits to return.
-                False: logits are compared.
-            check: at the first step, see that the terms are connected (:meth:`smart_kernels.Smart.check`), for a few
-                forward passes, once; training stops where one is not.
+    Args:
+        lambda_s: weight of the smoothness term R_s, >= 0, no unit; the paper takes 1, 3 or 5. With 0 none of its
+            passes runs.
+        epsilon: radius of the ball around the word embeddings, >= 0, in units of the embeddings, in `norm`
+            (section 4.1: 1e-5).
+        noise_std: standard deviation of the noise that the ascent starts from, >= 0, in units of the embeddings
+            (section 4.1: 1e-5).
+        step_size: length of an ascent step, > 0, in units of the embeddings: the gradient is normalised to 1 first.
+            None, the default, is 100 epsilon, so that almost every step ends on the ball's surface (section 4.1:
+            1e-3 at an epsilon of 1e-5). The step that is taken is :attr:`step_length`.
+        ascent_steps: ascent steps of the "power" adversary, >= 1 (the paper's T_x; section 4.1: 1). The other
+            adversaries take one step or none, so theirs stays 1.
+        norm: the ball's norm and the gradient's, "linf" (the paper's) or "l2".
+        scope: what one norm is taken over: "sample" (all positions of an example; open in the paper) or "token".
+        adversary: how the perturbation is found. "power" is the paper's: a forward pass at the noise and the
+            gradient of the divergence there. "predicted", "fisher" and "task" take a gradient through the clean
+            pass instead, one forward cheaper: of the log-probability of the most probable class (the strongest of
+            all), of a random direction drawn from the Fisher information, or of the task loss; for "linf" they step
+            along its signs, so that scope has no effect. "random" is the
+            noise alone, not projected: R3F (Aghajanyan et al. 2020, arXiv 2008.03156); epsilon, step_size, norm
+            and scope have no effect then.
+        mu: weight of the proximal term D_Breg, >= 0, no unit (section 4.1: 1; flat in [1, 10], useless at 0.1,
+            harmful at 100). With 0 none of its passes runs.
+        proximal: what the term holds the model close to: "momentum", an exponential moving average of the
+            parameters (MBPP, section 3.2); "vanilla", the parameters when the outer step began (VBPP, section 3.2);
+            "none".
+        inner_steps: S of Algorithm 1, optimiser steps in an outer step, >= 1 (section 4.1: 1). The average or the
+            copy of the parameters is renewed after each outer step. "vanilla" needs 2: with 1 the parameters are
+            held close to themselves and the term is 0.
+        decay: beta, the share that the average keeps of itself in an update, in [0, 1] (section 4.1: 0.99).
+        decay_late: beta after the switch (section 4.1: 0.999).
+        decay_switch: share of all updates after which beta changes, in [0, 1] (section 4.1: 0.1).
+        divergence: l_s. "auto" chooses by the model's output: symmetric KL for classes, tokens and spans, squared
+            error for a single number, of a sample (section 3.1) or of each token; "squared_error" or a kind of
+            :func:`smart_kernels.divergence`
+            forces one ("js" with beta 0.5), whose input is the perturbed pass and whose target the clean one, in D_Breg
+            the clean pass and the teacher's; a callable ``(input, target, batch) -> Tensor`` gets two tensors of logits
+            (a pair each for spans) and the batch, and returns a scalar, a mean over samples or tokens, that is
+            differentiable in both.
+        dropout: "shared", all passes of a step draw the same masks (two draws differ by 2e4 times what the
+            adversary does at the paper's radius); "independent", each draws its own; "off", the step runs in
+            evaluation mode, batch normalisation apart. "shared" and "independent" read and set the state of
+            the default generators, which a CUDA graph's capture forbids: capture with "off".
+        detach_clean: take the clean pass in R_s as a constant; by default gradients flow into it too (section 3.1).
+        memory: how :meth:`smart_kernels.Smart.backward` orders its passes where gradients flow into the clean pass:
+            "fast", both graphs at a time and one backward pass; "lean", one graph at a time, for one more forward
+            pass. Without effect with ``detach_clean=True``, where it is one graph at a time in any case.
+        fuse_head: whether, for a model with an output embedding (causal, masked, seq2seq), the extra passes end in
+            front of it and :func:`smart_kernels.linear_divergence` takes its part, so that no logits but the model's
+            own for the task loss are formed. "auto": where the head, a plain linear layer, is found to give the logits,
+            up to a bias, a scale and a cap that the model applies to what it gives; where not, one line in the log
+            says why. True: an error says why, and :meth:`smart_kernels.Smart.backward` keeps no logits to return.
+            False: logits are compared.
+        check: at the first step, see that the terms are connected (:meth:`smart_kernels.Smart.check`), for a few
+            forward passes, once; training stops where one is not.
 
-        Raises:
-            TypeError: an argument is of the wrong type.
-            ValueError: an argument is out of its range, or two do not fit together.
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument is out of its range, or two do not fit together.
 
-        Example:
-            >>> from smart_kernels import SmartConfig
-            >>> SmartConfig(lambda_s=3.0, adversary="predicted").epsilon
-            1e-05
+    Example:
+        >>> from smart_kernels import SmartConfig
+        >>> SmartConfig(lambda_s=3.0, adversary="predicted").epsilon
+        1e-05
     """
 
     lambda_s: float = 1.0
