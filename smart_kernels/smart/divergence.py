@@ -317,7 +317,7 @@ def choose_divergence(
     several = len(logits) > 1 and calls is None
     if several and _are_classes(logits) and (len(logits) == 2 or divergence != "auto"):
         mask = first_known(named, MASK) if len({x.shape for x in logits}) == 1 else None
-        absent = None if mask is None or named[mask].shape != shape else named[mask] == 0
+        absent = None if mask is None or named[mask].shape != shape else (named[mask] == 0).to(logits[0].device)
         return Classes(kind, absent=absent, num_items=num_items)
     if divergence == "auto" and not several:
         if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1):

@@ -51,10 +51,10 @@ class Rule:
         values = named[self.name]
         return _placed(values > 0 if self.ignored is None else values != self.ignored, self.way, shape)
 
-    @property
-    def certain(self) -> bool:
-        """Whether its name alone says that these are the labels."""
-        return self.name in (LABELS, _of_call(LABELS)) and self.ignored == IGNORED
+    def is_certain(self, named: Mapping[str, Tensor]) -> bool:
+        """Whether its name says that these are the labels, and they say which rows have none."""
+        own = self.name in (LABELS, _of_call(LABELS)) and self.ignored == IGNORED
+        return own and bool((named[str(self.name)] == IGNORED).any())
 
 
 @dataclass
@@ -101,7 +101,8 @@ class Rows:
             found.settled = found.asked >= _ASKED
             if rows is not None and bool(rows.any()):
                 self._agree(found, logits, named, rows)
-        return found.rule.rows(named, shape)
+        counted = found.rule.rows(named, shape)
+        return None if counted is None else counted.to(logits.device)
 
     def _agree(self, found: _Found, logits: Tensor, named: Mapping[str, Tensor], reached: Tensor) -> None:
         """Take the rule that agrees with what the loss reaches, the one of before first."""
@@ -126,7 +127,7 @@ class Rows:
         if agreeing:
             found.rule = agreeing[0]
             alone = len(agreeing) == 1 and found.rule in rules
-            found.settled |= found.rule.certain or alone
+            found.settled |= alone or found.rule.is_certain(named)
             return
         containing = [rule for rule in rules if not lacks(rule)]
         found.rule = min(containing, key=lambda rule: int(rows(rule).sum()))
@@ -148,7 +149,9 @@ def known(batch: Any, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
         batch: the batch: their names are those of a mapping, or places in a sequence.
         arguments: the named arguments of the model's calls.
     """
-    return dict((*_named(batch, ""), *((_of_call(n), x) for n, x in arguments.items() if isinstance(x, Tensor))))
+    own = (x for x in arguments.items() if isinstance(x[1], Tensor))
+    every = (*_named(batch, ""), *((_of_call(name), x) for name, x in own))
+    return {name: x for name, x in every if x.layout is torch.strided and not x.is_nested}
 
 
 def first_known(named: Mapping[str, Tensor], *names: str) -> str | None:
