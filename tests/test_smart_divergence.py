@@ -551,21 +551,9 @@ def test_the_loss_is_asked_again_while_a_batch_leaves_it_open(monkeypatch: pytes
     assert 1 < asked < 12
 
 
-def test_padding_that_comes_later_among_the_labels_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels of which none is -100 agree with a loss that ignores 0, as long as none is 0."""
-
-    def forward(model: Any, batch: Any) -> Any:
-        logits = model(batch["ids"], batch["attention_mask"]).logits
-        return loss_of(logits, batch["labels"], ignore_index=0), logits
-
-    whole = {"ids": IDS, "attention_mask": SEEN, "labels": 1 + IDS % 3}
-    padded = {**whole, "labels": whole["labels"].index_fill(1, torch.tensor([0, 4]), 0)}
-    counts, _ = counts_of(monkeypatch, Smart(tagger(), CONFIG, forward=forward), [whole, padded])
-    assert counts == [21, 15]
-
-
 def test_what_is_no_plain_tensor_tells_nothing() -> None:
-    batch = {"ragged": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "sparse": torch.eye(2).to_sparse()}
+    ragged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    batch = {"ragged": ragged, "sparse": torch.eye(2).to_sparse()}
     a, b = logits(2, 4, 3), logits(2, 4, 3)
     check(a, b, batch, rows(a, b).mean())
 

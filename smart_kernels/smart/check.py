@@ -61,9 +61,10 @@ def reached_rows(clean: CleanPass) -> Tensor | None:
     finally:
         if logits.is_leaf or logits.retains_grad:
             logits.grad = kept
-    if found is None or found.numel() != logits.numel() or not bool(found.sum(dtype=torch.float32).isfinite()):
+    if found is None or found.numel() != logits.numel():
         return None
-    return found.reshape(logits.shape).count_nonzero(-1) > 0
+    tops = torch.linalg.vector_norm(found.reshape(logits.shape), torch.inf, -1)
+    return tops > 0 if bool(tops.isfinite().all()) else None
 
 
 def _made_of(edge: Any) -> Any:

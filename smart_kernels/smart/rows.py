@@ -28,6 +28,8 @@ _ASKED = 8
 """How often the loss is asked for a kind of batch, at most, while several rules agree with what it reaches."""
 _SURE = 1e-3
 """Where all other classes have a probability below this, the gradient of a loss may be exactly 0."""
+_CHUNK = 2**24
+"""How many logits are looked at together, about."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,10 @@ class Rule:
         values = named[self.name]
         return _placed(values > 0 if self.ignored is None else values != self.ignored, self.way, shape)
 
-    def is_certain(self, named: Mapping[str, Tensor]) -> bool:
-        """Whether its name says that these are the labels, and they say which rows have none."""
-        own = self.name in (LABELS, _of_call(LABELS)) and self.ignored == IGNORED
-        return own and bool((named[str(self.name)] == IGNORED).any())
+    @property
+    def certain(self) -> bool:
+        """Whether its name alone says that these are the labels."""
+        return self.name in (LABELS, _of_call(LABELS)) and self.ignored == IGNORED
 
 
 @dataclass
@@ -127,7 +129,7 @@ class Rows:
         if agreeing:
             found.rule = agreeing[0]
             alone = len(agreeing) == 1 and found.rule in rules
-            found.settled |= alone or found.rule.is_certain(named)
+            found.settled |= alone or found.rule.certain
             return
         containing = [rule for rule in rules if not lacks(rule)]
         found.rule = min(containing, key=lambda rule: int(rows(rule).sum()))
@@ -314,9 +316,11 @@ def _by_value(named: Mapping[str, Tensor], shape: torch.Size, possible: Tensor) 
 def _sure(logits: Tensor, reached: Tensor) -> Tensor:
     """The rows that a loss does not reach although it may be of them: of predictions that are as good as sure."""
     sure = torch.zeros_like(reached)
+    size = max(1, _CHUNK // max(1, logits[:1].numel()))
     if logits.shape[-1] > 1:
-        rest = logits.detach()[~reached].float()
-        sure[~reached] = rest.logsumexp(-1) - rest.amax(-1) < _SURE
+        for x, known, found in zip(logits.detach().split(size), reached.split(size), sure.split(size), strict=True):
+            rest = x[~known].float()
+            found[~known] = rest.logsumexp(-1) - rest.amax(-1) < _SURE
     return sure
 
 
