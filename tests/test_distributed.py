@@ -189,6 +189,13 @@ class Language(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
 
 
+class Unshifted(Language):
+    """Says that it predicts the next word, while its loss takes each word's own label."""
+
+    def can_generate(self) -> bool:
+        return True
+
+
 def wrap_language(model: Language, how: str) -> nn.Module:
     if how.startswith("ddp"):
         return DistributedDataParallel(model, find_unused_parameters=how == "ddp unused")
@@ -197,10 +204,13 @@ def wrap_language(model: Language, how: str) -> nn.Module:
     return fully_shard(model, reshard_after_forward=True if how == "fsdp" else None)
 
 
-def language_steps_equal(rank: int, size: int, how: str, options: dict[str, Any]) -> None:
+def language_steps_equal(
+    rank: int, size: int, how: str, options: dict[str, Any], kind: type[Language] = Language
+) -> None:
     """Three steps with the head in the divergence, on several processes, against one with logits."""
-    model = Language(tied=how != "fsdp head").double()
-    alone = copy.deepcopy(model)
+    model = kind(tied=how != "fsdp head").double()
+    alone = Language(tied=how != "fsdp head").double()
+    alone.load_state_dict(model.state_dict())
     wrapped = wrap_language(model, how)
     config = {**BALL, **options}
     smart = Smart(wrapped, SmartConfig(**config, fuse_head=True), 10)
@@ -226,6 +236,14 @@ def language_steps_equal(rank: int, size: int, how: str, options: dict[str, Any]
 @pytest.mark.parametrize("world", [2], indirect=True)
 def test_a_head_in_the_divergence_is_that_of_one_process(world: World, how: str, kind: str) -> None:
     world.run(language_steps_equal, how, KINDS[kind])
+
+
+@pytest.mark.parametrize("how", ["ddp", "ddp unused"])
+@pytest.mark.parametrize("kind", ["power", "predicted, lean"])
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_the_rows_that_the_loss_takes_are_those_of_one_process(world: World, how: str, kind: str) -> None:
+    """To ask for them is not to begin the reducer's backward pass."""
+    world.run(language_steps_equal, how, KINDS[kind], Unshifted)
 
 
 # ---------------------------------------------------------------------------------- what is sent, and how often

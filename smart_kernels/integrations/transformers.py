@@ -25,9 +25,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from smart_kernels.smart.checkpoint import load_smart, save_smart
 from smart_kernels.smart.config import CHOICES, SmartConfig
-from smart_kernels.smart.divergence import IGNORED
 from smart_kernels.smart.objective import Smart, SmartOutput, attention_mask
 from smart_kernels.smart.passes import Forward, model_logits, output_logits
+from smart_kernels.smart.rows import IGNORED
 from smart_kernels.smart.structure import copied
 
 SMART_NAME = "smart.safetensors"
@@ -347,7 +347,8 @@ class SmartTrainer(Trainer):  # type: ignore[misc]
                 once, logits = self._forward(model, {**copied(inputs)[0], _NUM_ITEMS: num_items})
                 twice, _ = self._forward(model, {**copied(inputs)[0], _NUM_ITEMS: 2 * num_items})
             tokens = isinstance(logits, Tensor) and logits.dim() > 2
-            by_samples = self.smart.config.divergence == "squared_error" or not tokens
+            numbers = self.smart.config.divergence == "squared_error"
+            by_samples = not tokens or (numbers and logits.size(-1) > 1)
             telling = once.isfinite() & (once != 0)  # not so where nothing in this batch has a label
             votes = self.accelerator.reduce(torch.stack([telling & (once != twice), telling & (once == twice)]).long())
             if not votes.any():

@@ -6,13 +6,17 @@ It costs a few forward passes and waits for the device, once.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from smart_kernels.smart.config import Logits, SmartConfig
 from smart_kernels.smart.divergence import Divergence
 from smart_kernels.smart.embedding import mean_size, resolved_at
+from smart_kernels.smart.gradients import without_autocast
+from smart_kernels.smart.head import SAME
 from smart_kernels.smart.passes import CleanPass, Passes, detached
 from smart_kernels.smart.teacher import Teacher
 
@@ -33,6 +37,75 @@ def check_connected(trains: bool, logits: Logits) -> None:
                     "no graph, while the loss does, so the terms would train nothing. It came out of detach(), of "
                     "torch.no_grad(), or from elsewhere than the model; return the model's own logits"
                 )
+
+
+def reached_rows(clean: CleanPass) -> Tensor | None:
+    """The rows of the clean pass's logits that the task loss depends on, True for those; None where it cannot be told.
+
+    It takes the gradient with respect to the logits alone, in front of the model's graph, which stays. Not so through
+    an autograd function of the user's or of a compiler: some, such as fused losses, may go back once.
+    """
+    (logits,) = clean.logits
+    if clean.regraphed or not (clean.loss.requires_grad and logits.requires_grad) or is_capturing(logits):
+        return None
+    edge: Any = torch.autograd.graph.get_gradient_edge(logits)
+    kept = logits.grad if logits.is_leaf or logits.retains_grad else None
+    # as of a sum over rows, so that in fp16 what a mean leaves of one is not rounded to 0
+    many = torch.full_like(clean.loss, min(logits.shape[:-1].numel(), 2**15))
+    found: Tensor | None = None
+    try:
+        while found is None and edge is not None:
+            if any(isinstance(node, BackwardCFunction) for node in _between(clean.loss.grad_fn, edge.node)):
+                return None
+            with without_autocast():
+                (found,) = torch.autograd.grad(clean.loss, edge, many, retain_graph=True, allow_unused=True)
+            edge = _made_of(edge) if found is None else None
+    except RuntimeError:  # a graph that cannot be gone back through twice, or not so
+        return None
+    finally:
+        if logits.is_leaf or logits.retains_grad:
+            logits.grad = kept
+    if found is None or found.numel() != logits.numel():
+        return None
+    tops = torch.linalg.vector_norm(found.reshape(logits.shape), torch.inf, -1)
+    return tops > 0 if bool(tops.isfinite().all()) else None
+
+
+def _between(loss: Any, logits: Any) -> set[Any]:
+    """The nodes of a graph that a gradient of the loss passes on its way to the logits, whose node is none of them."""
+    parents: dict[Any, list[Any]] = {loss: []}
+    waiting = [loss]
+    while waiting:
+        node = waiting.pop()
+        for child, _ in node.next_functions if node is not logits else ():
+            if child is not None:
+                if child not in parents:
+                    waiting.append(child)
+                parents.setdefault(child, []).append(node)
+    found: set[Any] = set()
+    waiting = [logits]
+    while waiting:
+        above = [node for node in parents.get(waiting.pop(), ()) if node not in found]
+        found |= set(above)
+        waiting += above
+    return {node for node in found if node.name() not in SAME}
+
+
+def _made_of(edge: Any) -> Any:
+    """What a tensor is a copy of, as the loss may be made of that; None where it is none."""
+    node, place = edge.node, edge.output_nr
+    name = node.name()
+    if name not in SAME:
+        return None
+    inputs = [x for x in node.next_functions if x[0] is not None]
+    if name == "_DDPSinkBackward" and len(node.next_functions) > place:
+        inputs = [node.next_functions[place]]
+    return torch.autograd.graph.GradientEdge(*inputs[0]) if len(inputs) == 1 and inputs[0][0] is not None else None
+
+
+def is_capturing(x: Tensor) -> bool:
+    """Whether what is done with a tensor is captured as a CUDA graph, where nothing may be waited for."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def check_zero(

@@ -75,11 +75,11 @@ class SmartConfig:
         decay_late: beta after the switch (section 4.1: 0.999).
         decay_switch: share of all updates after which beta changes, in [0, 1] (section 4.1: 0.1).
         divergence: l_s. "auto" chooses by the model's output: symmetric KL for classes, tokens and spans, squared
-            error for a single number (section 3.1); "squared_error" or a kind of :func:`smart_kernels.divergence`
-            forces one ("js" with beta 0.5), whose input is the perturbed pass and whose target the clean one, in D_Breg
-            the clean pass and the teacher's; a callable ``(input, target, batch) -> Tensor`` gets two tensors of logits
-            (a pair each for spans) and the batch, and returns a scalar, a mean over samples or tokens, that is
-            differentiable in both.
+            error for a single number, of a sample (section 3.1) or of each token; "squared_error" or a kind of
+            :func:`smart_kernels.divergence` forces one ("js" with beta 0.5), whose input is the perturbed pass and
+            whose target the clean one, in D_Breg the clean pass and the teacher's; a callable
+            ``(input, target, batch) -> Tensor`` gets two tensors of logits (a pair each for spans) and the batch, and
+            returns a scalar, a mean over samples or tokens, that is differentiable in both.
         dropout: "shared", all passes of a step draw the same masks (two draws differ by 2e4 times what the
             adversary does at the paper's radius); "independent", each draws its own; "off", the step runs in
             evaluation mode, batch normalisation apart. "shared" and "independent" read and set the state of

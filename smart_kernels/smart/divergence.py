@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,7 @@ from smart_kernels import reference
 from smart_kernels.ops.divergence import divergence as divergence_of
 from smart_kernels.ops.divergence import divergence_grad
 from smart_kernels.smart.config import Logits
-from smart_kernels.smart.embedding import first_having
-
-IGNORED = -100
-"""The label of a token that is not counted, as in :func:`torch.nn.functional.cross_entropy`."""
+from smart_kernels.smart.rows import LABELS, MASK, Rows, first_known, known
 
 
 class Divergence(ABC):
@@ -132,28 +129,85 @@ class Classes(Divergence):
 
 
 class SquaredError(Divergence):
-    """(p - q)^2 of outputs that are numbers, a mean over all of them."""
+    """(p - q)^2 of outputs that are numbers, a mean over all of them.
+
+    Args:
+        num_items: as in :class:`Divergence`.
+        weight: what is counted, True for each number of (B, L, 1) that is, or None for all.
+        tokens: whether each token has a number, shape (B, L, 1).
+    """
+
+    def __init__(
+        self, num_items: float | Tensor | None = None, weight: Tensor | None = None, tokens: bool = False
+    ) -> None:
+        super().__init__(num_items)
+        self._weight = weight
+        self._tokens = tokens
 
     def __call__(self, input: Logits, target: Logits) -> Tensor:
-        """The mean of (p - q)^2."""
+        """The mean of (p - q)^2; 0 where nothing is counted."""
+        if self._weight is not None:
+            return self._mean(torch.stack([x.square().sum() for x in self.cotangent(input, target)]).mean(), input)
         loss = torch.stack([x.square().mean() for x in self.cotangent(input, target)]).mean()
         return loss if self._num_items is None else self._mean(loss * self.count(input), input)
 
     def count(self, logits: Logits) -> float | Tensor:
-        """Samples."""
-        return logits[0].size(0)
+        """Samples, or tokens, as far as they are counted."""
+        if self._weight is not None:
+            return self._weight.sum()
+        return logits[0].numel() if self._tokens else logits[0].size(0)
 
     def cotangent(self, input: Logits, target: Logits) -> Logits:
         """P - q, half the gradient."""
-        return tuple(_wide(a) - _wide(b) for a, b in zip(input, target, strict=True))
+        return self._counted(tuple(_wide(a) - _wide(b) for a, b in zip(input, target, strict=True)))
 
     def predicted(self, logits: Logits) -> Logits:
         """1: a number has one direction."""
-        return tuple(torch.ones_like(x) for x in logits)
+        return self._counted(tuple(torch.ones_like(x) for x in logits))
 
     def fisher(self, logits: Logits, generator: torch.Generator) -> Logits:
         """1, whatever is drawn: a number has one direction."""
         return self.predicted(logits)
+
+    def _counted(self, numbers: Logits) -> Logits:
+        weight = self._weight
+        return numbers if weight is None else tuple(x.where(weight.unsqueeze(-1), 0) for x in numbers)
+
+
+class Heads(Divergence):
+    """The mean over several heads of what each alone has.
+
+    Args:
+        parts: the divergence of each.
+    """
+
+    def __init__(self, parts: Sequence[Divergence]) -> None:
+        super().__init__()
+        self._parts = parts
+
+    def __call__(self, input: Logits, target: Logits) -> Tensor:
+        """The mean."""
+        each = zip(self._parts, input, target, strict=True)
+        return torch.stack([part((a,), (b,)) for part, a, b in each]).mean()
+
+    def count(self, logits: Logits) -> float | Tensor:
+        """The mean number."""
+        counts = [part.count((x,)) for part, x in zip(self._parts, logits, strict=True)]
+        return sum(counts) / len(counts)
+
+    def cotangent(self, input: Logits, target: Logits) -> Logits:
+        """Of each, by autograd: their lengths have to fit each other."""
+        input = tuple(x.detach().requires_grad_() for x in input)
+        with torch.enable_grad():
+            return torch.autograd.grad(self(input, target), input)
+
+    def predicted(self, logits: Logits) -> Logits:
+        """Of each."""
+        return tuple(x for part, one in zip(self._parts, logits, strict=True) for x in part.predicted((one,)))
+
+    def fisher(self, logits: Logits, generator: torch.Generator) -> Logits:
+        """Of each."""
+        return tuple(x for part, one in zip(self._parts, logits, strict=True) for x in part.fisher((one,), generator))
 
 
 class Custom(Divergence):
@@ -212,32 +266,46 @@ def choose_divergence(
     model: nn.Module,
     num_items: float | Tensor | None = None,
     calls: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    rows: Rows | None = None,
+    reached: Callable[[], Tensor | None] = lambda: None,
 ) -> Divergence:
     """The divergence of a batch.
 
     Args:
         divergence: as in :class:`~smart_kernels.SmartConfig`.
-        logits: (B, C) of classes; (B, 1) or (B,) of numbers; (B, L, C) or (B * L, C) of tokens, where those that have
-            no label are not counted (in a decoder that predicts the next token, its label is the next one), nor
-            virtual tokens that a learnt prompt puts before; or a pair of (B, L), start and end of a span, where
-            padding is no candidate.
-        batch: the batch: its "labels" and "attention_mask" are looked at where it is a mapping.
+        logits: (B, C) of classes; (B, 1) or (B,) of numbers; (B, L, C) or (B * L, C) of tokens, or (B, L, 1) of a
+            number for each, where those that count are as :class:`~smart_kernels.smart.rows.Rows` finds them; a pair
+            of (B, L), start and end of a span, where padding is no candidate; or two heads of classes, (B, C) each.
+        batch: the batch.
         model: the model, asked whether it predicts the next token.
         num_items: as in :class:`Divergence`.
         calls: where the logits are what several calls of the model gave, one tensor each, what they are called there;
             None where they are what the user's function gave.
+        arguments: the named arguments of the model's calls, in which labels and mask are looked for as in the batch.
+        rows: finds the rows that count; by default by names alone.
+        reached: gives the rows that the task loss reaches, or None where that is not known.
 
     Raises:
         ValueError: the logits and labels do not tell.
     """
+    rows = Rows(model) if rows is None else rows
     if callable(divergence):
-        # A callable knows what real-valued labels of (B, C) mean: what is asked here does not depend on it.
-        several = len(logits) == 1 and logits[0].dim() == 2 and logits[0].size(1) > 1
-        like = "symmetric_kl" if several else "auto"
         shaped = tuple(x.detach() for x in logits)  # whose graph is the step's to free
-        return Custom(divergence, batch, lambda: choose_divergence(like, shaped, batch, model, None, calls), num_items)
+
+        def alone(logits: Logits) -> Divergence:
+            # A callable knows what real-valued labels of (B, C) mean: what is asked here does not depend on it.
+            classes = all(x.dim() == 2 and x.size(1) > 1 for x in logits)
+            like = "symmetric_kl" if classes else "auto"
+            return choose_divergence(like, logits, batch, model, None, calls, arguments, rows)
+
+        if len(logits) > 1 and calls is None and not _are_classes(logits):
+            return Custom(divergence, batch, lambda: Heads([alone((x,)) for x in shaped]), num_items)
+        return Custom(divergence, batch, lambda: alone(shaped), num_items)
     shape = logits[0].shape
-    labels, mask = (batch.get(key) if isinstance(batch, Mapping) else None for key in ("labels", "attention_mask"))
+    named = known(batch, arguments or {})
+    if divergence in ("auto", "squared_error") and len(logits) == 1 and len(shape) == 3 and shape[2] == 1:
+        return SquaredError(num_items, rows.find(logits[0], named, reached), tokens=True)
     if divergence == "squared_error":
         return SquaredError(num_items)
     if calls == "sentence_embedding" and divergence == "auto":
@@ -246,89 +314,46 @@ def choose_divergence(
             "callable"
         )
     kind = divergence if divergence in reference.KINDS else "symmetric_kl"
-    if len(logits) == 2 and calls is None:
-        return Classes(kind, absent=None if mask is None or mask.shape != shape else mask == 0, num_items=num_items)
-    if divergence == "auto":
+    several = len(logits) > 1 and calls is None
+    if several and _are_classes(logits) and (len(logits) == 2 or divergence != "auto"):
+        mask = first_known(named, MASK) if len({x.shape for x in logits}) == 1 else None
+        absent = None if mask is None or named[mask].shape != shape else (named[mask] == 0).to(logits[0].device)
+        return Classes(kind, absent=absent, num_items=num_items)
+    if divergence == "auto" and not several:
         if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1):
             return SquaredError(num_items)
-        if isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape == shape:
-            raise ValueError(
-                "divergence: got 'auto' with real-valued labels of the logits' shape, which may be numbers, "
-                "independent classes or probabilities; expected 'squared_error', a divergence of classes such "
-                "as 'symmetric_kl', or a callable"
-            )
-        if len(shape) not in (2, 3) or (len(logits) > 2 and calls is None):
-            shapes = ", ".join(str(tuple(x.shape)) for x in logits)
-            raise ValueError(
-                f"divergence: got 'auto' with logits of shape {shapes}, expected (B,), (B, C), (B, L, C) or two of "
-                "(B, L); for others, a callable"
-            )
+        labels = first_known(named, LABELS)
+        if labels is not None and named[labels].shape == shape:
+            real = named[labels].is_floating_point()
+            if real or len(shape) == 2:
+                raise ValueError(
+                    f"divergence: got 'auto' with {'real-valued ' if real else ''}labels of the logits' shape, which "
+                    "may be numbers, independent classes or probabilities; expected 'squared_error', a divergence of "
+                    "classes such as 'symmetric_kl', or a callable"
+                )
+    if several or (divergence == "auto" and len(shape) not in (2, 3)):
+        shapes = ", ".join(str(tuple(x.shape)) for x in logits)
+        raise ValueError(
+            f"divergence: got {divergence!r} with logits of shape {shapes}, expected (B,), (B, C), (B, L, C), two of "
+            "(B, L) for a span, or two of classes (B, C); for others, a callable"
+        )
     if len(logits) > 1:
         return Classes(kind, num_items=num_items)
-    if len(shape) == 3 and isinstance(labels, Tensor) and labels.shape == (shape[0], shape[2]) != tuple(shape[:2]):
+    name = first_known(named, LABELS)
+    labelled = () if name is None else tuple(named[name].shape)
+    if len(shape) == 3 and labelled == (shape[0], shape[2]) != tuple(shape[:2]):
         warnings.warn(
-            f"divergence: the logits have shape {tuple(shape)} and the labels {tuple(labels.shape)}, as if classes "
-            "came before tokens; expected (B, L, C), and the last dimension is taken for the classes. Give them so, "
-            "for instance by `forward=`, with logits.transpose(1, 2)",
+            f"divergence: the logits have shape {tuple(shape)} and the labels {labelled}, as if classes came before "
+            "tokens; expected (B, L, C), and the last dimension is taken for the classes. Give them so, for instance "
+            "by `forward=`, with logits.transpose(1, 2)",
             stacklevel=2,
         )
-    counted = _counted(labels, lambda x: x != IGNORED, _predicts_next(model), shape, batch)
-    if counted is None:
-        counted = _counted(mask, lambda x: x > 0, False, shape, batch)
-    return Classes(kind, counted, num_items=num_items)
+    return Classes(kind, rows.find(logits[0], named, reached) if len(shape) > 1 else None, num_items=num_items)
 
 
-def _counted(
-    values: Any, counts: Callable[[Tensor], Tensor], ahead: bool, shape: torch.Size, batch: Any
-) -> Tensor | None:
-    """Which rows of logits (B, L, C) or (B * L, C) count, by the labels or the mask; None where these do not fit.
-
-    Args:
-        values: the labels or the mask.
-        counts: which of them count.
-        ahead: the label of a row is the next one's.
-        shape: of the logits.
-        batch: the batch.
-    """
-    if len(shape) == 3:
-        found = _rows(values, shape, batch)
-        return None if found is None else _ahead(counts(found)) if ahead else counts(found)
-    if not isinstance(values, Tensor) or values.dim() != 2 or values.shape[1] < 2:
-        return None
-    counted = counts(values)
-    if counted.numel() == shape[0]:
-        return (_ahead(counted) if ahead else counted).flatten()
-    rest = counted[:, 1:]  # of logits[:, :-1] that were flattened
-    return rest.flatten() if values.shape[1] > 2 and rest.numel() == shape[0] else None
-
-
-def _ahead(counted: Tensor) -> Tensor:
-    return nn.functional.pad(counted[:, 1:], (0, 1))
-
-
-def _rows(values: Any, shape: torch.Size, batch: Mapping[str, Any]) -> Tensor | None:
-    """One of the labels, or of the mask, for each row of logits (B, L, C); None where they do not fit.
-
-    Logits of more rows than there are words begin with those of virtual tokens, as of a learnt prompt, which have no
-    label. Where the batch has no words, nor anything else as long as the labels, these are a sequence of their own, as
-    for the alignment of speech.
-    """
-    if not isinstance(values, Tensor) or values.dim() != 2 or len(values) != shape[0]:
-        return None
-    virtual = shape[1] - values.shape[1]
-    others = [x for n, x in batch.items() if isinstance(x, Tensor) and n not in ("labels", "attention_mask")]
-    words = any(not x.is_floating_point() and x.dim() > 1 for x in others)
-    as_long = any(x.shape[:2] == values.shape for x in others)
-    if virtual < 0 or (virtual and not as_long) or (others and not words and not as_long):
-        return None
-    return nn.functional.pad(values, (virtual, 0), value=IGNORED if virtual else 0)
-
-
-def _predicts_next(model: nn.Module) -> bool:
-    """Whether the model's loss compares the logits at a token with the next token's label."""
-    part: Any = first_having(model, "can_generate")
-    config = getattr(part, "config", None)
-    return part is not None and part.can_generate() and not getattr(config, "is_encoder_decoder", False)
+def _are_classes(logits: Logits) -> bool:
+    """Whether each is (B, C): of a span, or of heads of their own."""
+    return all(x.dim() == 2 and x.size(1) > 1 and len(x) == len(logits[0]) for x in logits)
 
 
 def _plain(logits: Logits) -> Any:

@@ -22,8 +22,8 @@ from smart_kernels.smart.divergence import Classes
 from smart_kernels.smart.embedding import outermost_having
 from smart_kernels.smart.parallel import bare, gathering
 
-_SAME = {"AliasBackward0", "CloneBackward0", "ToCopyBackward0", "UnsafeViewBackward0", "ViewBackward0"}
-_SAME |= {"_DDPSinkBackward"}
+SAME = {"AliasBackward0", "CloneBackward0", "ToCopyBackward0", "UnsafeViewBackward0", "ViewBackward0"}
+SAME |= {"_DDPSinkBackward"}
 """Nodes of a graph that leave each number as it is, to rounding."""
 _ROWS, _CLASSES, _ROUNDINGS = 16, 8192, 16
 """How many rows are compared with the logits, so many classes at a time; what is allowed, in roundings of a product."""
@@ -236,7 +236,7 @@ class Head:
             factor: Any = getattr(node, "_saved_other", None)
             if name == "_DDPSinkBackward" and len(inputs) > place:
                 inputs = [inputs[place]]
-            if len(inputs) != 1 or (added and name not in _SAME):
+            if len(inputs) != 1 or (added and name not in SAME):
                 return unknown
             if name in ("MulBackward0", "DivBackward0") and _is_number(factor):
                 # logits = tanh(z / cap) / temperature, or z / temperature
@@ -249,7 +249,7 @@ class Head:
                 cap = 1.0
             elif name == "AddBackward0" and cap is None:
                 added = True
-            elif name not in _SAME:
+            elif name not in SAME:
                 return unknown
             node, place = inputs[0]
         if cap is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from smart_kernels.ops.perturbation import check_mask, init_perturbation
 from smart_kernels.smart.adversary import Deltas, find_perturbation
-from smart_kernels.smart.check import check_connected, check_moves, check_zero
+from smart_kernels.smart.check import check_connected, check_moves, check_zero, reached_rows
 from smart_kernels.smart.config import AT_CLEAN, SmartConfig
 from smart_kernels.smart.divergence import Classes, Divergence, choose_divergence
 from smart_kernels.smart.effect import Effect, Renewal
@@ -26,6 +26,7 @@ from smart_kernels.smart.head import BehindHead, find_head
 from smart_kernels.smart.parallel import bare, check_supported, rank
 from smart_kernels.smart.passes import CleanPass, Forward, Passes, detached, run_model
 from smart_kernels.smart.positions import Layout, Positions
+from smart_kernels.smart.rows import Rows
 from smart_kernels.smart.state import Generators, set_states
 from smart_kernels.smart.step import Options, Step
 from smart_kernels.smart.structure import copied
@@ -162,6 +163,7 @@ class Smart:
             raise ValueError(_UNFUSED.format("the model has no, or more than one, get_output_embeddings()"))
         options = config.dropout, self._alone, self.teacher is not None, head, config.check
         self._passes = Passes(model, forward, module, *options)
+        self._rows = Rows(bare(model))
         self._layout = Layout(model, None if mask is attention_mask else mask)
         # what a sample is matters to norms alone
         signs = config.adversary in AT_CLEAN and config.norm == "linf"
@@ -386,8 +388,9 @@ class Smart:
         """The clean pass with what is compared, logits or hidden states in front of the head, and the divergence."""
         num_items = _check_num_items(num_items, clean.logits[0])
         model = bare(self._passes.model)
-        chosen = self.config.divergence, clean.logits, clean.batch, model, num_items, clean.called
-        divergence = choose_divergence(*chosen)
+        chosen = self.config.divergence, clean.logits, clean.batch, model, num_items, clean.called, clean.named
+        asks = self.config.check and not self._passes.sharded  # whose hooks would take it for the backward pass
+        divergence = choose_divergence(*chosen, self._rows, lambda: reached_rows(clean) if asks else None)
         head = self._passes.head
         if head is None:
             return clean, divergence

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -137,6 +137,7 @@ class CleanPass:
         batch: the batch as the pass found it.
         arguments: by call of the module, the named arguments of the model's call that it happened in.
         places: which of all calls of the module in the user's function these are.
+        named: the named arguments of the calls of the model that the logits come from, of the last one first.
         called: where the logits are what calls of the model gave, how they are called there; else None.
         regraphed: whether the logits were computed once more, with a graph; the loss knows nothing of them then.
         cuts: tensors in front of the model's graph, and the leaves that stand for them in it.
@@ -154,6 +155,7 @@ class CleanPass:
     called: str | None = None
     cuts: Sequence[tuple[Tensor, Tensor]] = ()
     constant: bool = False
+    named: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def points(self) -> tuple[Tensor, ...] | None:
@@ -269,6 +271,11 @@ class Passes:
         self._after: States = []
         self._masks = SharedMasks()
         self._in_backward = ExitStack()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are gathered from shards for a while."""
+        return bool(self._sharded)
 
     def changed_parameters(self) -> list[str]:
         """What is no longer as it was when this object was made: parameters that are others, or are trained now."""
@@ -428,7 +435,9 @@ class Passes:
         arguments = tuple({} if self._replay is None else self._replay.arguments(i) for i in places)
         cuts = () if hook is None else tuple(hook.cuts)
         given = detached(logits)
-        return CleanPass(loss, logits, given, calls, self._batch, arguments, places, self._regraphed, called, cuts)
+        named = {} if self._replay is None else self._replay.named()
+        how_made = self._regraphed, called, cuts, False, named
+        return CleanPass(loss, logits, given, calls, self._batch, arguments, places, *how_made)
 
     def _parameter_versions(self) -> list[tuple[int, int]]:
         """How often each parameter was changed in place, and where it lies: `p.data = ...` does not count."""

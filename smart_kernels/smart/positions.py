@@ -17,10 +17,8 @@ from smart_kernels.ops.perturbation import check_mask, perturbation_step
 from smart_kernels.reference import floor_to
 from smart_kernels.smart.config import SmartConfig
 from smart_kernels.smart.embedding import EmbeddingCall, first_having
+from smart_kernels.smart.rows import MASK, frames
 from smart_kernels.smart.structure import leaves
-
-MASK = "attention_mask"
-"""The name of the mask in a batch, and in the arguments of a model."""
 
 _FORBIDDEN = -1e3
 """What an additive mask has at most where nothing is to be seen: linear biases of positions stay above."""
@@ -254,10 +252,10 @@ class Layout:
             return nn.functional.pad(seen, (0, more) if how == "right" else (more, 0)), False
         if how and seen.shape[1] > length:  # of what lies in a cache, too
             return seen[:, -length:], False
-        frames: Any = first_having(self._model, "_get_feature_vector_attention_mask")
-        if frames is not None:  # of speech: a mask of the samples of sound, embeddings by frame
+        model: Any = first_having(self._model, "_get_feature_vector_attention_mask")
+        if model is not None:  # of speech: a mask of the samples of sound, embeddings by frame
             for positions, channels in ((length, False), (shape[-1], True)):
-                found = _frames(frames, positions, seen)
+                found = frames(model, positions, seen)
                 if found is not None:
                     return found, channels
         raise self._unfit(seen, shape)
@@ -340,14 +338,3 @@ def _rows_of(mask: Tensor, rows: int) -> Tensor | None:
         mask = (mask != 0).flatten(1, -2).any(1)
         mask = mask.expand(rows, -1) if len(mask) == 1 else mask
     return mask if mask.dim() == 2 and len(mask) == rows else None
-
-
-def _frames(model: Any, positions: int, mask: Tensor) -> Tensor | None:
-    """The mask of a speech model's frames, if it has as many."""
-    try:
-        found = model._get_feature_vector_attention_mask(positions, mask)
-        lengths = model._get_feat_extract_output_lengths(mask.shape[1])
-    except Exception:  # an other model's convention
-        return None
-    fits = isinstance(found, Tensor) and found.shape == (len(mask), positions) and int(lengths) == positions
-    return found if fits else None

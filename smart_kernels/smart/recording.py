@@ -461,14 +461,14 @@ class Replay(nn.Module):
         return [i for node in self._nodes for i in node.embeddings]
 
     def arguments(self, embedding: int) -> Mapping[str, Any]:
-        """The arguments, by their names, of the call in which this call of the module to perturb happened."""
-        node = next(n for n in self._nodes if embedding in n.embeddings)
-        args, kwargs = node.arguments
+        """The named arguments of the call in which this call of the module to perturb happened."""
+        return _by_name(next(n for n in self._nodes if embedding in n.embeddings))
+
+    def named(self) -> Mapping[str, Any]:
+        """The named arguments of all calls; of those of one name the last."""
         named: dict[str, Any] = {}
-        for given in (*args, dict(zip(_names(node.function), args, strict=False)) | kwargs):
-            contents = given.contents if isinstance(given, Filled) else given
-            if isinstance(contents, dict):
-                named |= {k: v.value for k, v in contents.items() if isinstance(v, _Constant)}
+        for node in self._nodes:
+            named |= _by_name(node) if node.call else {}
         return named
 
     def forward(self, grad: bool = False, values: Mapping[int, Tensor] | None = None) -> tuple[Tensor, ...]:
@@ -534,6 +534,17 @@ class Uses(TorchFunctionMode):
         kwargs = kwargs or {}
         self.any |= any(id(x) in self._ids for x in tensors((args, kwargs)))
         return func(*args, **kwargs)
+
+
+def _by_name(call: _Node) -> Mapping[str, Any]:
+    """The arguments of a call by their names, as far as they do not come from the model."""
+    args, kwargs = call.arguments
+    named: dict[str, Any] = {}
+    for given in (*args, dict(zip(_names(call.function), args, strict=False)) | kwargs):
+        contents = given.contents if isinstance(given, Filled) else given
+        if isinstance(contents, dict):
+            named |= {k: v.value for k, v in contents.items() if isinstance(v, _Constant)}
+    return named
 
 
 class _Held:
