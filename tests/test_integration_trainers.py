@@ -176,6 +176,9 @@ def test_losses_of_sentence_transformers(loss: str, tmp_path: Path, monkeypatch:
 
     def make(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         model, _ = embedded(folder)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.1
         data = datasets.Dataset.from_dict({"a": LEFT, "b": RIGHT})
         return model, {"train_dataset": data, "loss": LOSSES[loss](model)}
 
