@@ -635,6 +635,27 @@ def test_a_loss_alone_is_not_compared_by_what_judges_the_logits(alone: Any) -> N
     torch.testing.assert_close(out.smoothness.double(), expected, rtol=2e-4, atol=1e-9)
 
 
+def test_a_loss_alone_is_compared_by_the_scores_of_two_texts() -> None:
+    """By squared error, as they are numbers; the embeddings that they come from are no classes."""
+    torch.manual_seed(0)
+    model = Judged()
+    model.similarity = nn.CosineSimilarity()  # type: ignore[assignment]
+    pairs = {"a": torch.randint(0, VOCABULARY, (6, 5)), "b": torch.randint(0, VOCABULARY, (6, 5)), "y": torch.rand(6)}
+
+    def alone(m: Any, batch: Any) -> Tensor:
+        return F.mse_loss(m.similarity(m(batch["a"]), m(batch["b"])), batch["y"])
+
+    out = Smart(model, SmartConfig(**BALL), 10, forward=alone)(pairs)
+    with torch.no_grad():
+        clean = model.similarity(model(pairs["a"]), model(pairs["b"]))
+        moves = iter(out.perturbation)
+        handle = model.words.register_forward_hook(lambda _m, _a, x: x + next(moves))
+        perturbed = model.similarity(model(pairs["a"]), model(pairs["b"]))
+        handle.remove()
+    expected = (perturbed.double() - clean.double()).square().mean()
+    torch.testing.assert_close(out.smoothness.double(), expected, rtol=2e-4, atol=1e-9)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_loss_alone_is_compared_by_what_a_last_pooling_gives(masked: bool) -> None:
     """It has no parameters, as a loss has none."""

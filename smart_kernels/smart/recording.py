@@ -558,7 +558,8 @@ def _judges(module: nn.Module, given: Sequence[tuple[torch.Size, bool]], output:
     """Whether a call is of a loss, an activation or a metric, which take what the model gave and are no part of it.
 
     Such a module has no parameters. Nor has one that pools or reshapes: it gives at least two dimensions, of another
-    shape than the one result that it takes, and takes no target, which has the shape of that result or of the losses.
+    shape than the one result that it takes; nor one that scores several results against each other, such as a
+    similarity. Neither takes a target, which has the shape of a result or of the losses.
 
     Args:
         module: what was called.
@@ -571,7 +572,8 @@ def _judges(module: nn.Module, given: Sequence[tuple[torch.Size, bool]], output:
     made = [x.shape for x in tensors(output)]
     others = [shape for shape, of_model in given if not of_model]
     pools = len(taken) == len(made) == 1 and len(made[0]) > 1 and made != taken
-    return not pools or any(shape in (*taken, *made) for shape in others)
+    scores = len(taken) > 1 and len(made) == 1
+    return not (pools or scores) or any(shape in (*taken, *made) for shape in others)
 
 
 def _names(module: Any) -> list[str]:
