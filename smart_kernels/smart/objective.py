@@ -143,7 +143,8 @@ class Smart:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}, expected torch.nn.Module")
         check_supported(model)
-        if empty := next((n for n, p in model.named_parameters() if p.device.type == "meta"), None):
+        own = ((n, p) for n, p in model.named_parameters() if type(p) is nn.Parameter)  # not what stands for others
+        if empty := next((n for n, p in own if p.device.type == "meta"), None):
             raise ValueError(
                 f"model: {empty} is on the meta device, expected values: load the weights before Smart is made"
             )
