@@ -496,7 +496,8 @@ def test_the_rows_that_the_task_loss_takes_count(program: str, way: str) -> None
     smart = Smart(model, config, forward=forward, embedding=WORDS.get(type(model).__name__))
     for _ in range(2):  # the second step asks nothing
         model.zero_grad()
-        with warnings.catch_warnings(action="error", category=UserWarning):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
             out = smart(batch) if way == "call" else smart.backward(batch)
         assert way == "backward" or all(p.grad is None for p in model.parameters())
         expected = expected_smoothness(model, forward, batch, out.perturbation, counted)
@@ -568,7 +569,8 @@ def test_a_loss_that_takes_rows_by_nothing_that_is_known_warns_once() -> None:
     with pytest.warns(UserWarning, match="reaches 13 of 21 rows of the logits, and the terms count 16") as told:
         smart(batch)
     assert any("rows of the logits" in str(x.message) and x.filename == __file__ for x in told)
-    with warnings.catch_warnings(action="error", category=UserWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         smart(batch)
 
 
@@ -582,7 +584,8 @@ def test_a_prediction_that_is_sure_counts_though_its_gradient_is_0(monkeypatch: 
 
     smart = Smart(tagger(), CONFIG, forward=forward)
     batch = {"ids": IDS, "attention_mask": SEEN, "labels": TAGS}
-    with warnings.catch_warnings(action="error", category=UserWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         counts, asked = counts_of(monkeypatch, smart, [batch] * 2)
     assert counts == [13, 13]
     assert asked == 1
