@@ -236,7 +236,10 @@ class Passes:
         self._generators = Generators(model)
         self._modules = list(self._bare.modules())
         self._parameters = [(name, p) for name, p in self._bare.named_parameters()]
-        self._addressed = [(p, plain(p)) for _, p in self._parameters]
+        # recurrent layers put their weights elsewhere on a GPU, as they are, where `flatten_parameters` is called
+        layers = [m for m in self._modules if isinstance(m, nn.RNNBase)]
+        wandering = {id(p) for m in layers for p in m.parameters(recurse=False)}
+        self._addressed = [(p, plain(p) and id(p) not in wandering) for _, p in self._parameters]
         self._ids = {id(p): p.device for _, p in self._parameters}
         self._taught = taught
         self._trainable = {id(p) for _, p in self._parameters if p.requires_grad}

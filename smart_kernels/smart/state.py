@@ -163,11 +163,12 @@ class Attributes:
             self._keep(mapping, {name: mapping[name] for name in names if name in mapping}, whole=False)
 
     def _look_into(self, module: nn.Module) -> None:
-        self._hooks += [(vars(module)[name], dict(vars(module)[name])) for name in _HOOKS if name in vars(module)]
+        own = vars(module)
+        self._hooks += [(own[name], dict(own[name]) if own[name] else {}) for name in _HOOKS if name in own]
         if module._buffers:
             self._keep(module._buffers, dict(module._buffers))
         if has_attributes(module):
-            self._keep(vars(module), {k: v for k, v in vars(module).items() if k not in _OF_MODULES})
+            self._keep(own, {k: v for k, v in own.items() if k not in _OF_MODULES})
 
     def _now(self) -> tuple[list[dict[str, Any]], list[int], list[Any]]:
         """The modules' attributes as they are: values, how often tensors were changed, what is in containers."""
