@@ -573,7 +573,7 @@ class Judged(nn.Module):
         return torch.tanh(self.mix(self.words(ids)))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.encode(ids).mean(1))  # type: ignore[no-any-return]
+        return self.head(self.encode(ids).mean(1))
 
 
 class Pool(nn.Module):
@@ -582,13 +582,13 @@ class Pool(nn.Module):
 
 
 def _each(m: Any, b: Any) -> Tensor:
-    return (m.each(m(b["input_ids"]), b["labels"]) * b["weights"]).mean()  # type: ignore[no-any-return]
+    return (m.each(m(b["input_ids"]), b["labels"]) * b["weights"]).mean()
 
 
 def _with_a_metric(m: Any, b: Any) -> Tensor:
     logits = m(b["input_ids"])
     m.soft(logits)
-    return m.each(logits, b["labels"]).mean()  # type: ignore[no-any-return]
+    return m.each(logits, b["labels"]).mean()
 
 
 def _activated(m: Any, b: Any) -> Tensor:
@@ -596,21 +596,21 @@ def _activated(m: Any, b: Any) -> Tensor:
 
 
 def _of_labels_apart(m: Any, b: Any) -> Tensor:
-    return m.apart(m(b["input_ids"]), F.one_hot(b["labels"], 3).float()).mean()  # type: ignore[no-any-return]
+    return m.apart(m(b["input_ids"]), F.one_hot(b["labels"], 3).float()).mean()
 
 
 def _scaled(m: Any, b: Any) -> Tensor:
-    return m.each(m(b["input_ids"]) / 2, b["labels"]).mean()  # type: ignore[no-any-return]
+    return m.each(m(b["input_ids"]) / 2, b["labels"]).mean()
 
 
 def _by_pieces(m: Any, b: Any) -> Tensor:
     hidden = m.pool(torch.tanh(m.mix(m.words(b["input_ids"]))), torch.ones_like(b["input_ids"]))
-    return m.each(m.head(m.hard(torch.logit((hidden + 1) / 2)) * 2 - 1), b["labels"]).mean()  # type: ignore[no-any-return]
+    return m.each(m.head(m.hard(torch.logit((hidden + 1) / 2)) * 2 - 1), b["labels"]).mean()
 
 
 def _near(m: Any, b: Any) -> Tensor:
     logits = m(b["input_ids"])
-    return m.near(logits, F.one_hot(b["labels"], 3).float(), 2.0 * (b["labels"] > 0) - 1).mean()  # type: ignore[no-any-return]
+    return m.near(logits, F.one_hot(b["labels"], 3).float(), 2.0 * (b["labels"] > 0) - 1).mean()
 
 
 @pytest.mark.parametrize("alone", [_each, _with_a_metric, _activated, _of_labels_apart, _scaled, _by_pieces, _near])
@@ -639,7 +639,7 @@ def test_a_loss_alone_is_compared_by_the_scores_of_two_texts() -> None:
     """By squared error, as they are numbers; the embeddings that they come from are no classes."""
     torch.manual_seed(0)
     model = Judged()
-    model.similarity = nn.CosineSimilarity()  # type: ignore[assignment]
+    model.similarity = nn.CosineSimilarity()
     pairs = {"a": torch.randint(0, VOCABULARY, (6, 5)), "b": torch.randint(0, VOCABULARY, (6, 5)), "y": torch.rand(6)}
 
     def alone(m: Any, batch: Any) -> Tensor:
@@ -660,12 +660,12 @@ def test_a_loss_alone_is_compared_by_the_scores_of_two_texts() -> None:
 def test_a_loss_alone_is_compared_by_what_a_last_pooling_gives(masked: bool) -> None:
     """It has no parameters, as a loss has none."""
     model = Judged()
-    model.average = nn.AdaptiveAvgPool2d((1, None))  # type: ignore[assignment]
+    model.average = nn.AdaptiveAvgPool2d((1, None))
     ids = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
 
     def embed(m: Any, ids: Tensor) -> Tensor:
         hidden = m.mix(m.words(ids))
-        return m.pool(hidden, torch.ones_like(ids)) if masked else m.average(hidden)  # type: ignore[no-any-return]
+        return m.pool(hidden, torch.ones_like(ids)) if masked else m.average(hidden)
 
     def alone(m: Any, batch: Any) -> Tensor:
         return embed(m, batch["input_ids"]).square().mean()
@@ -735,11 +735,11 @@ def _shortened(model: Any, features: dict[str, Tensor]) -> Tensor:
         out = own(features) if not kept else kept[0]
         kept.append(out)
         out["sentence_embedding"] = out["sentence_embedding"][:, : WIDTH // len(kept)]
-        return out  # type: ignore[no-any-return]
+        return out
 
     model.forward = shorter
     try:
-        return sum(model(features)["sentence_embedding"].square().sum(1).mean() for _ in range(2))  # type: ignore[return-value]
+        return sum(model(features)["sentence_embedding"].square().sum(1).mean() for _ in range(2))
     finally:
         model.forward = own
 

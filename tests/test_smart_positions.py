@@ -76,7 +76,7 @@ class Recurrent(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         states = self.layer(self.words(ids))[0]
-        return self.head(states if self.tags else states.mean(1 if self.batch_first else 0))  # type: ignore[no-any-return]
+        return self.head(states if self.tags else states.mean(1 if self.batch_first else 0))
 
 
 @pytest.mark.parametrize("masked", ["", "as the words", "samples first"])

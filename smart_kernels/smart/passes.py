@@ -677,7 +677,8 @@ class Passes:
             }
             if teacher is not None:
                 return self._run(given, head=True)
-            with Uses({id(p) for p in own.values()}) as uses:
+            uses = Uses({id(p) for p in own.values()})
+            with uses:
                 logits = self._run(given)
             self._elsewhere = uses.any  # what is held in a list, say, is not replaced
             return logits

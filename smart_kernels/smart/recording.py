@@ -522,11 +522,6 @@ class Uses(TorchFunctionMode):
         self._ids = ids
         self.any = False
 
-    def __enter__(self) -> Uses:
-        """Begin to look."""
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -607,6 +602,8 @@ _ON_GRAPHS = {"register_hook", "retain_grad"}
 """Functions that change what a tensor's graph does."""
 
 _KEEPING = {"batch_norm", "instance_norm"}
+"""Functions that may change statistics that they are given."""
+
 _TAKING = {"item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "__contains__"}
 """Functions that read a value out of a tensor: what Python makes of it is not seen."""
 

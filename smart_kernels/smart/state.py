@@ -320,7 +320,7 @@ def reachable(function: Callable[..., Any]) -> tuple[list[Any], list[tuple[dict[
         else:  # an object that can be called
             given = []
             objects.append(one)
-            waiting.append((getattr(type(one), "__call__", None), depth))  # noqa: B004
+            waiting.append((type(one).__call__, depth))
         dicts.append(({str(i): x for i, x in enumerate(given)}, [str(i) for i in range(len(given))]))
         objects += [part for x in given if isinstance(x, nn.Module) for part in x.modules()]
     return [x for x in objects if hasattr(x, "__dict__")], dicts
