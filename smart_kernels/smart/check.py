@@ -135,7 +135,7 @@ def check_zero(
                 tolerated = 16 * max(float(divergence(again[0], x)) for x in (again[1], logits))
             if value > tolerated:
                 off = max(float((a - b).abs().max()) for a, b in zip(other, logits, strict=True))
-                if changed := passes.not_begun_anew:
+                if changed := passes.newly_changed_parameters:
                     warnings.warn(
                         f"check: the model's forward pass changes parameters ({', '.join(changed[:3])}), so that in "
                         f"this first step the other passes differ from it by up to {off:.3g} in the logits; from the "

@@ -447,7 +447,7 @@ class Passes:
         return [(p._version, p.data_ptr() if has_memory else 0) for p, has_memory in self._addressed]
 
     @property
-    def not_begun_anew(self) -> list[str]:
+    def newly_changed_parameters(self) -> list[str]:
         """The parameters that this pass has changed first: extra passes go on from there, and not from before it."""
         return [name for name, _ in self._changed_parameters if name not in self._begun]
 

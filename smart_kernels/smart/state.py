@@ -433,8 +433,10 @@ def fingerprints(tensors: Sequence[Tensor]) -> Tensor:
     for x in tensors:
         flat = x.detach().reshape(-1)
         flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
-        found.append(flat.view(kinds[flat.itemsize]).sum(dtype=torch.int64).cpu())
-    return torch.stack(found) if found else torch.empty(0)
+        found.append(flat.view(kinds[flat.itemsize]).sum(dtype=torch.int64))
+    return (
+        torch.stack([x.cpu() for x in found]) if found else torch.empty(0)
+    )  # all are under way before one is waited for
 
 
 def plain(tensor: Tensor) -> bool:
